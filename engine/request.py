@@ -1,0 +1,199 @@
+"""What is asked of the engine and what it answers: values only.
+
+A request is token ids and numbers. The engine never sees a person, a tenant's name or a policy: a tenant reaches it
+as an opaque `cache_salt` (which cached blocks may be shared) and a `fairness_key` (whose turn it is).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+MAX_SEED = 2**63 - 1
+
+
+class EngineError(Exception):
+    """Base of what the engine raises to its caller.
+
+    EngineError
+    ├── RequestRefused      the caller is wrong; that request alone fails, `param` names the field
+    │   └── ContextTooLong  prompt + max_tokens do not fit the context
+    ├── EngineOverloaded    the waiting queue is full; try again later
+    ├── EngineDraining      no new requests are taken
+    └── EngineDead          the step thread died or is stuck; in-flight requests fail with this
+    """
+
+
+class RequestRefused(EngineError):
+    """The request can never be served as written. `param` is the offending field."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextTooLong(RequestRefused):
+    """The prompt (and the tokens asked for) exceed the context length."""
+
+
+class EngineOverloaded(EngineError):
+    """The bounded waiting queue is full."""
+
+
+class EngineDraining(EngineError):
+    """The engine finishes what it has and takes nothing new."""
+
+
+class EngineDead(EngineError):
+    """The engine thread failed or stopped making progress."""
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # end-of-sequence token, stop string or stop token
+    LENGTH = "length"  # max_tokens or the context length
+    ABORT = "abort"  # the caller aborted
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. Order: temperature → top-k → top-p → min-p → Gumbel argmax (see sampler.py)."""
+
+    max_tokens: int  # ≥ 1
+    seed: int  # 0 … 2**63 − 1; always present, drawn by the gateway when the client gives none
+    temperature: float = 1.0  # 0 … 2; 0 is greedy
+    top_p: float = 1.0  # (0, 1]
+    top_k: int = 0  # 0 keeps the whole vocabulary
+    min_p: float = 0.0  # [0, 1]
+    stop: tuple[str, ...] = ()  # at most 16 strings, each 1 … 256 characters; not part of the output
+    ignore_eos: bool = False
+    logprobs: bool = False
+    top_logprobs: int = 0  # 0 … 20, only with logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    request_id: str  # unique among requests in flight
+    prompt: tuple[int, ...]  # token ids, at least one
+    sampling: SamplingParams
+    cache_salt: bytes  # server-derived; blocks of one salt are never visible to another
+    fairness_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token: int
+    logprob: float  # float32 value, natural logarithm, of the untempered distribution
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first, ties by lowest id
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """Known when a request has finished."""
+
+    prompt_tokens: int
+    cached_tokens: int  # prompt tokens found in the prefix cache
+    output_tokens: int
+    preemptions: int
+    queued_s: float
+    first_token_s: float  # seconds from arrival to the first token
+    total_s: float
+    replay_digest: str  # hex SHA-256, rolling over (token id ‖ logprob float32 bits) per output position
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one step added to one request.
+
+    `text` trails the tokens: a partial UTF-8 sequence or a possible stop string is held back until it is decided. The
+    concatenation of all texts is the output; the last delta carries `finish_reason` and `stats`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stats: GenerationStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """What answered. Every digest is `sha256:<64 hex>`."""
+
+    name: str
+    digest: str  # over the four below
+    weights: str
+    config: str
+    tokenizer: str
+    template: str  # the chat template
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    alive: bool
+    last_step_age_s: float | None  # seconds since the last completed step, while work is pending; else None
+    running: int
+    waiting: int
+    free_blocks: int
+    cached_blocks: int
+    used_blocks: int
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Return the seed of choice `index` of a request with `n` choices. Choice 0 keeps the request's own seed."""
+    if index == 0:
+        return seed
+    mixed = hashlib.sha256(f"probity/choice/{seed}/{index}".encode()).digest()
+    return int.from_bytes(mixed[:8], "big") & MAX_SEED
+
+
+class Engine(Protocol):
+    """What the gateway needs of an engine. Ours is `EngineRuntime`; tests bring a scripted one."""
+
+    @property
+    def model(self) -> ModelVersion: ...
+
+    @property
+    def numeric_policy(self) -> str:
+        """The digest (`sha256:…`) under which bits repeat: machine, libraries, kernels, constants."""
+        ...
+
+    @property
+    def context_length(self) -> int: ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """Return the prompt text the chat template makes of `messages`, generation prompt included.
+
+        Raises: RequestRefused.
+        """
+        ...
+
+    def encode(self, text: str, *, chat: bool) -> list[int]:
+        """Return token ids. With `chat`, `text` is a rendered template: its special tokens are meant as such and none
+        are added. Without, special tokens written in `text` stay plain text and the model's BOS is added."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def token_text(self, token: int) -> bytes:
+        """Return the bytes of one token, for logprobs."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
+        """Yield deltas until one carries a finish reason. Closing the iterator aborts the request.
+
+        Raises: RequestRefused, EngineOverloaded, EngineDraining on the first step; EngineDead at any.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def health(self) -> EngineHealth: ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new; return whether all in flight ended within `timeout_s`."""
+        ...
+
+    def close(self) -> None: ...

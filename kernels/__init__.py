@@ -1,0 +1,1 @@
+"""Arithmetic: tensors in, tensors out. Knows nothing of requests, people or files."""

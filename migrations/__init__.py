@@ -1,0 +1,1 @@
+"""The tables: one alembic history for SQLite and PostgreSQL."""
