@@ -1,0 +1,63 @@
+"""The one hand-off of a step: what to compute (`StepPlan`) and what came of it (`StepResult`).
+
+Plain numbers only. The scheduler, which makes plans, knows no tensors; the model runner, which carries them out, knows
+no requests: `row` is all it hands back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.request import SamplingParams, TokenLogprob
+
+BLOCK_SIZE = 16  # tokens per KV block
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """One sequence's share of a step: compute `tokens` at positions `start` … `start + len(tokens) − 1`.
+
+    The keys and values of positions below `start` already lie in the blocks of `block_table`; those of `tokens` are
+    written there by this step. `len(block_table) * BLOCK_SIZE ≥ start + len(tokens)`.
+    """
+
+    tokens: tuple[int, ...]  # at least one
+    start: int
+    block_table: tuple[int, ...]
+    sampling: SamplingParams | None  # None: a prefill chunk that does not end its prompt; nothing is sampled
+
+    @property
+    def context_length(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    rows: tuple[RowPlan, ...]  # at least one
+
+    @property
+    def token_count(self) -> int:
+        return sum(len(row.tokens) for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`sampled[i]` belongs to `plan.rows[i]`; None where the row's `sampling` is None.
+
+    The token sampled after position p is drawn with the noise of (seed, p + 1): its own absolute position.
+    """
+
+    sampled: tuple[TokenLogprob | None, ...]
+
+
+class Runner(Protocol):
+    """Carries out a plan. Ours is `ModelRunner`; the scheduler's tests use one that computes on the paged cache
+    without a model."""
+
+    @property
+    def block_count(self) -> int:
+        """KV blocks available, ids 0 … block_count − 1."""
+        ...
+
+    def run(self, plan: StepPlan) -> StepResult: ...
