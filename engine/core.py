@@ -1,0 +1,142 @@
+"""EngineCore: add, step, abort. Synchronous and single-threaded; whoever holds it calls it from one thread.
+
+step = plan (scheduler) → run (runner) → commit (scheduler) → read (generation: text, stop, digest)
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.blocks import BlockPool, Finding
+from engine.generation import DetokenizerFor, Generation
+from engine.limits import EngineLimits
+from engine.metrics import EngineMetrics
+from engine.plan import Runner, StepPlan
+from engine.request import FinishReason, GenerationRequest, RequestRefused, TokenDelta
+from engine.scheduler import Scheduler
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """What one step, or an abort, added to one request."""
+
+    request_id: str
+    delta: TokenDelta
+
+
+class EngineCore:
+    def __init__(
+        self,
+        runner: Runner,
+        limits: EngineLimits,
+        *,
+        eos_ids: frozenset[int],
+        detokenizer_for: DetokenizerFor,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(limits, BlockPool(runner.block_count))
+        self._runner = runner
+        self._eos_ids = eos_ids
+        self._detokenizer_for = detokenizer_for
+        self._clock = clock
+        self._generations: dict[str, Generation] = {}
+        self._steps = 0
+        self._computed_tokens = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._finished: Counter[FinishReason] = Counter()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._generations)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue `request`; its deltas come out of later steps.
+
+        Raises: ContextTooLong, RequestRefused, EngineOverloaded; nothing was queued.
+        """
+        if request.request_id in self._generations:
+            raise RequestRefused("`request_id` is already in flight; use a new one", "request_id")
+        detokenizer = self._detokenizer_for(request.sampling)
+        sequence = self.scheduler.add(request)
+        self._generations[request.request_id] = Generation(
+            sequence, detokenizer, context_length=self.limits.context_length, arrived_at=self._clock()
+        )
+
+    def abort(self, request_id: str) -> Emission | None:
+        """End a request wherever it stands and free its blocks. Returns None if it is not in flight (any more)."""
+        generation = self._generations.get(request_id)
+        if generation is None:
+            return None
+        delta = generation.abort(self._clock())
+        self._end(generation, FinishReason.ABORT)
+        return Emission(request_id, delta)
+
+    def step(self) -> list[Emission]:
+        """Carry out one step; return what it added, at most one emission per request. Empty when nothing is in flight.
+
+        What the runner raises comes through: the contents of the cache are then unknown and the engine must not go on.
+        """
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        self._note_admitted()
+        return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> list[Emission]:
+        result = self._runner.run(plan)
+        now = self._clock()
+        self._steps += 1
+        self._computed_tokens += plan.token_count
+        emissions = []
+        for sequence, sampled in self.scheduler.commit(result):
+            generation = self._generations[sequence.request.request_id]
+            delta = generation.accept(sampled, self._eos_ids, now)
+            self._generation_tokens += 1
+            if generation.output_tokens == 1:
+                self._prompt_tokens += sequence.prompt_length
+            if delta.finish_reason is not None:
+                self._end(generation, delta.finish_reason)
+            emissions.append(Emission(sequence.request.request_id, delta))
+        return emissions
+
+    def _note_admitted(self) -> None:
+        if self.scheduler.admitted:
+            now = self._clock()
+            for sequence in self.scheduler.admitted:
+                self._generations[sequence.request.request_id].admitted(now)
+
+    def _end(self, generation: Generation, reason: FinishReason) -> None:
+        self.scheduler.finish(generation.sequence)
+        self._finished[reason] += 1
+        del self._generations[generation.sequence.request.request_id]
+
+    def metrics(self) -> EngineMetrics:
+        """Cost: O(running sequences)."""
+        pool, counters = self.scheduler.pool, self.scheduler.counters
+        return EngineMetrics(
+            running=self.scheduler.running,
+            waiting=self.scheduler.waiting,
+            free_blocks=pool.free,
+            cached_blocks=pool.cached,
+            used_blocks=pool.used,
+            unfilled_slots=self.scheduler.unfilled_slots(),
+            steps=self._steps,
+            computed_tokens=self._computed_tokens,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            preemptions=counters.preemptions,
+            prefix_cache_queries=counters.prefix_cache_queries,
+            prefix_cache_hits=counters.prefix_cache_hits,
+            finished_stop=self._finished[FinishReason.STOP],
+            finished_length=self._finished[FinishReason.LENGTH],
+            finished_abort=self._finished[FinishReason.ABORT],
+        )
+
+    def check_integrity(self) -> tuple[Finding, ...]:
+        """Return what does not add up; empty means sound. Cost: O(blocks + tokens in flight / BLOCK_SIZE)."""
+        return self.scheduler.check_integrity()

@@ -1,0 +1,105 @@
+"""What one engine can take, and the refusal by name of a request it could never serve.
+
+Everything here is decided before a request touches the loop, so a request that cannot be served fails alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from engine.plan import BLOCK_SIZE
+from engine.request import MAX_SEED, ContextTooLong, GenerationRequest, RequestRefused, SamplingParams
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_TEMPERATURE = 2.0
+MAX_TOP_LOGPROBS = 20
+
+
+class LimitsInvalid(ValueError):
+    """A limit disagrees with its declared range; the message names it. The engine must not start."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    context_length: int  # tokens of prompt and output together, ≥ 2
+    vocabulary_size: int  # token ids are 0 … vocabulary_size − 1, ≥ 2
+    max_sequences: int  # sequences in one step, ≥ 1
+    token_budget: int  # tokens computed in one step, ≥ max_sequences, so that every decode gets its one
+    chunk_tokens: int  # most prompt tokens of one sequence in one step, ≥ 1; token_budget caps it further
+    waiting_limit: int  # sequences that may wait beside the running ones, ≥ 0
+
+    def __post_init__(self) -> None:
+        lowest = {"context_length": 2, "vocabulary_size": 2, "waiting_limit": 0}
+        for field in fields(self):
+            least = lowest.get(field.name, 1)
+            if getattr(self, field.name) < least:
+                raise LimitsInvalid(f"`{field.name}` must be at least {least}")
+        if self.token_budget < self.max_sequences:
+            raise LimitsInvalid("`token_budget` must be at least `max_sequences`")
+
+    @property
+    def in_flight(self) -> int:
+        """Most sequences held at once, running and waiting together."""
+        return self.max_sequences + self.waiting_limit
+
+
+def blocks_for(tokens: int) -> int:
+    """Return how many KV blocks hold `tokens` tokens."""
+    return -(-tokens // BLOCK_SIZE)
+
+
+def refuse_impossible(request: GenerationRequest, limits: EngineLimits, block_count: int) -> None:
+    """Return if `request` can be served by an otherwise empty engine of `block_count` blocks.
+
+    Raises: ContextTooLong, RequestRefused; `param` names the field.
+    """
+    _refuse_prompt(request.prompt, limits)
+    refuse_sampling(request.sampling)
+    total = min(len(request.prompt) + request.sampling.max_tokens, limits.context_length)
+    # The last token is sampled but never computed on, so it takes no slot.
+    if blocks_for(total - 1) > block_count:
+        fitting = block_count * BLOCK_SIZE + 1
+        raise RequestRefused(
+            f"prompt and `max_tokens` together exceed the {fitting} tokens the KV cache holds; ask for less",
+            "max_tokens",
+        )
+
+
+def refuse_sampling(sampling: SamplingParams) -> None:
+    """Return if every sampling parameter lies in its declared range.
+
+    Raises: RequestRefused; `param` names the field.
+    """
+    _require(sampling.max_tokens >= 1, "max_tokens", "at least 1")
+    _require(0 <= sampling.seed <= MAX_SEED, "seed", f"between 0 and {MAX_SEED}")
+    # `not (a <= x <= b)` is also true for NaN, so a NaN is refused.
+    _require(0 <= sampling.temperature <= MAX_TEMPERATURE, "temperature", f"between 0 and {MAX_TEMPERATURE:g}")
+    _require(0 < sampling.top_p <= 1, "top_p", "above 0 and at most 1")
+    _require(sampling.top_k >= 0, "top_k", "at least 0")
+    _require(0 <= sampling.min_p <= 1 and math.isfinite(sampling.min_p), "min_p", "between 0 and 1")
+    _require(0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"between 0 and {MAX_TOP_LOGPROBS}")
+    _require(sampling.logprobs or sampling.top_logprobs == 0, "top_logprobs", "0 unless `logprobs` is set")
+    _require(len(sampling.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+    fits = all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in sampling.stop)
+    _require(fits, "stop", f"made of strings of 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _refuse_prompt(prompt: tuple[int, ...], limits: EngineLimits) -> None:
+    if not prompt:
+        raise RequestRefused("`prompt` must hold at least one token", "prompt")
+    if len(prompt) + 1 > limits.context_length:
+        raise ContextTooLong(
+            f"`prompt` has {len(prompt)} tokens; the context holds {limits.context_length} with at least one to "
+            "generate; shorten it",
+            "prompt",
+        )
+    # A stray id would read outside the embedding and take every other request down with it.
+    if min(prompt) < 0 or max(prompt) >= limits.vocabulary_size:
+        raise RequestRefused("`prompt` holds a token id outside the vocabulary", "prompt")
+
+
+def _require(holds: bool, param: str, expected: str) -> None:
+    if not holds:
+        raise RequestRefused(f"`{param}` must be {expected}", param)

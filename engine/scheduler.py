@@ -1,0 +1,238 @@
+"""Scheduler: who computes how many tokens in the next step. Knows blocks and sequences; no tensors, text or time.
+
+First come, first served. Order of arrival is the only order: the running sequences are always the oldest ones, oldest
+first, the waiting queue holds the younger ones, oldest first. Every step serves, in that order,
+    1. each running sequence: one token if it decodes, a chunk of its prompt if it prefills;
+    2. waiting sequences, admitted while sequences, budget and blocks last.
+When blocks run out, the youngest running sequence is preempted: it gives up its blocks, returns to the head of the
+queue and later recomputes prompt and output so far; tokens already emitted are fixed. The oldest therefore always
+advances, and since a request that does not fit an empty pool was refused, everything finishes.
+
+Source: Kwon et al., SOSP 2023 (preemption by recomputation); Agrawal et al., OSDI 2024 (chunked prefill beside decode).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from engine.blocks import BlockPool, Defect, Finding
+from engine.limits import EngineLimits, blocks_for, refuse_impossible
+from engine.metrics import SchedulerCounters
+from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
+from engine.request import EngineOverloaded, GenerationRequest, TokenLogprob
+from engine.sequence import Sequence, SequenceStatus
+
+
+class StepMismatch(Exception):
+    """We are wrong: a step's result does not answer its plan, or plan and commit did not take turns."""
+
+
+class Scheduler:
+    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.counters = SchedulerCounters()
+        self._running: list[Sequence] = []  # oldest first
+        self._waiting: deque[Sequence] = deque()  # oldest first, all younger than the running ones
+        self.admitted: list[Sequence] = []  # by the latest plan
+        self._planned: list[tuple[Sequence, int]] = []  # what the step under way computes, row by row
+        self._arrivals = 0
+        self._preempted = False  # in this step; nobody is admitted then
+        # The head of the queue was last refused admission with this many blocks available; asking again before there
+        # are more would walk its prompt for nothing in every step.
+        self._refused_at: int | None = None
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def sequences(self) -> Iterable[Sequence]:
+        """Every sequence in flight, oldest first."""
+        yield from self._running
+        yield from self._waiting
+
+    def add(self, request: GenerationRequest) -> Sequence:
+        """Queue `request`.
+
+        Raises: ContextTooLong, RequestRefused, EngineOverloaded.
+        """
+        refuse_impossible(request, self.limits, self.pool.total)
+        if self.running + self.waiting >= self.limits.in_flight:
+            raise EngineOverloaded(f"{self.limits.in_flight} requests are in flight; try again later")
+        sequence = Sequence(request, self._arrivals)
+        self._arrivals += 1
+        self._waiting.append(sequence)
+        return sequence
+
+    def plan(self) -> StepPlan | None:
+        """Return the next step, or None when nothing is in flight. `commit` or `drop_plan` must follow."""
+        if self._planned:
+            raise StepMismatch("a plan is already under way")
+        self._preempted = False
+        self.admitted = []
+        rows: list[RowPlan] = []
+        budget = self._plan_running(rows)
+        self._plan_waiting(rows, budget)
+        return StepPlan(tuple(rows)) if rows else None
+
+    def commit(self, result: StepResult) -> list[tuple[Sequence, TokenLogprob]]:
+        """Take note of a step carried out; return which sequence got which token, in row order.
+
+        Each of them must then be continued (by doing nothing) or handed to `finish`.
+        """
+        planned, self._planned = self._planned, []
+        if len(result.sampled) != len(planned):
+            raise StepMismatch(f"{len(planned)} rows were planned, {len(result.sampled)} answered")
+        sampled = []
+        for (sequence, count), token in zip(planned, result.sampled, strict=True):
+            sequence.computed += count
+            if (sequence.pending == 0) != (token is not None):
+                raise StepMismatch("a row was sampled that should not be, or was not that should")
+            self._publish(sequence)
+            if token is not None:
+                sequence.tokens.append(token.token)
+                sampled.append((sequence, token))
+        return sampled
+
+    def drop_plan(self) -> None:
+        """Forget the plan under way: it was not carried out."""
+        self._planned = []
+
+    def finish(self, sequence: Sequence) -> None:
+        """Remove `sequence`, wherever it stands, for good. Its blocks become free, or cached where full."""
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            self.pool.release(sequence.give_up_blocks(SequenceStatus.FINISHED))
+        elif sequence.status is SequenceStatus.WAITING:
+            self._waiting.remove(sequence)
+            sequence.status = SequenceStatus.FINISHED
+            self._refused_at = None
+
+    def preempt_youngest(self) -> Sequence:
+        """Return the youngest running sequence to the head of the queue, without its blocks."""
+        sequence = self._running.pop()
+        self.pool.release(sequence.give_up_blocks(SequenceStatus.WAITING))
+        sequence.preemptions += 1
+        self.counters.preemptions += 1
+        self._waiting.appendleft(sequence)
+        self._refused_at = None
+        self._preempted = True
+        return sequence
+
+    def _plan_running(self, rows: list[RowPlan]) -> int:
+        """Plan every running sequence that gets tokens; return the budget left over."""
+        decoding = sum(1 for sequence in self._running if sequence.pending == 1)
+        budget = self.limits.token_budget - decoding  # their tokens are set aside: a prefill never starves a decode
+        index = 0
+        while index < len(self._running):  # preemption shortens the list, at its end, while we walk it
+            sequence = self._running[index]
+            count = 1
+            if sequence.pending > 1:
+                count = min(sequence.pending, self.limits.chunk_tokens, budget)
+                budget -= count
+            if count and not self._plan_row(sequence, count, rows):
+                break
+            index += 1
+        return budget
+
+    def _plan_row(self, sequence: Sequence, count: int, rows: list[RowPlan]) -> bool:
+        """Plan `count` tokens of a running sequence; return False if it had to be preempted itself.
+
+        Victims are younger than `sequence` and so were not planned yet in this step.
+        """
+        missing = sequence.missing_blocks(count)
+        if missing > 0:
+            while self.pool.available < missing:
+                if self.preempt_youngest() is sequence:
+                    return False
+            sequence.extend(self.pool.allocate(missing))
+        self._planned.append((sequence, count))
+        rows.append(sequence.row(count))
+        return True
+
+    def _plan_waiting(self, rows: list[RowPlan], budget: int) -> None:
+        while self._waiting and budget > 0 and self.running < self.limits.max_sequences and not self._preempted:
+            sequence = self._waiting[0]
+            if not self._admit(sequence):
+                return
+            count = min(sequence.pending, self.limits.chunk_tokens, budget)
+            budget -= count
+            self._plan_row(sequence, count, rows)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Let the head of the queue run if everything it knows so far fits; return whether it does.
+
+        A block per running sequence is left spare, for the boundaries they are about to cross: otherwise a preempted
+        sequence would come back only to be preempted again.
+        """
+        if self._refused_at is not None and self.pool.available <= self._refused_at:
+            return False
+        hits = self._find_prefix(sequence)
+        idle = sum(1 for block in hits if self.pool.is_idle(block))
+        if self.pool.available - idle < blocks_for(len(sequence.tokens)) - len(hits) + self.running:
+            self._refused_at = self.pool.available
+            return False
+        self.pool.share(hits)
+        self._waiting.popleft()
+        self._refused_at = None
+        if sequence.cached_tokens is None:
+            self.counters.prefix_cache_queries += sequence.prompt_length
+            self.counters.prefix_cache_hits += len(hits) * BLOCK_SIZE
+        sequence.admit(hits)
+        self._running.append(sequence)
+        self.admitted.append(sequence)
+        return True
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Return the cached blocks of the longest known prefix, always short of the last token: it is sampled from."""
+        hits: list[int] = []
+        for index in range((len(sequence.tokens) - 1) // BLOCK_SIZE):
+            block = self.pool.find(sequence.key(index))
+            if block is None:
+                break
+            hits.append(block)
+        return hits
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer the blocks that this step filled to the prefix cache, of output as of prompt."""
+        full = sequence.computed // BLOCK_SIZE
+        while sequence.published < full:
+            index = sequence.published
+            self.pool.publish(sequence.blocks[index], sequence.key(index))
+            sequence.published += 1
+
+    def unfilled_slots(self) -> int:
+        """Return how many allocated KV slots hold nothing yet; shared blocks are full and add none."""
+        return sum(len(sequence.blocks) * BLOCK_SIZE - sequence.computed for sequence in self._running)
+
+    def check_integrity(self) -> tuple[Finding, ...]:
+        """Return what does not add up, in the pool and in the queues; empty means sound. Call between steps."""
+        pool = self.pool.check_integrity([sequence.blocks for sequence in self._running])
+        return (*pool, *self._check_queues(), *self._check_tables())
+
+    def _check_queues(self) -> Iterable[Finding]:
+        order = [sequence.arrival for sequence in self.sequences]
+        if order != sorted(set(order)):
+            yield Finding(Defect.QUEUE, None, "sequences do not stand in order of arrival")
+        for expected, queue in ((SequenceStatus.RUNNING, self._running), (SequenceStatus.WAITING, self._waiting)):
+            for sequence in queue:
+                if sequence.status is not expected:
+                    message = f"sequence {sequence.arrival} is {sequence.status} among the {expected}"
+                    yield Finding(Defect.QUEUE, sequence.arrival, message)
+
+    def _check_tables(self) -> Iterable[Finding]:
+        for sequence in self.sequences:
+            held = sequence.blocks
+            if len(set(held)) != len(held) or tuple(held) != sequence.block_table:
+                yield Finding(
+                    Defect.TABLE, sequence.arrival, f"sequence {sequence.arrival} has an ambiguous block table"
+                )
+            if len(held) < blocks_for(sequence.computed) or (held and sequence.status is SequenceStatus.WAITING):
+                message = f"sequence {sequence.arrival} holds {len(held)} blocks for {sequence.computed} tokens"
+                yield Finding(Defect.TABLE, sequence.arrival, message)

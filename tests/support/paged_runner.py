@@ -1,0 +1,69 @@
+"""PagedRunner: a small real runner. It computes on a paged cache, as a model does, but with hashes for arithmetic.
+
+Each slot holds a digest of its own token and of the slot before it, read through the block table, as keys and values of
+a deep layer depend on every token before them. The sampled token is a digest of every slot of the context, read back
+through the block table, with the sampling parameters, seed and position. A wrong block, a leak from another sequence, a
+stale cache hit or a slot written too late changes the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import replace
+
+import numpy as np
+
+from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
+from engine.request import SamplingParams, TokenLogprob
+
+_MASK = 2**64 - 1
+
+
+class PagedRunner:
+    def __init__(self, block_count: int, vocabulary_size: int = 50_000, max_rows: int | None = None) -> None:
+        self.block_count = block_count
+        self.vocabulary_size = vocabulary_size
+        self.plans: list[StepPlan] = []  # the latest one only
+        self.steps = 0
+        self._max_rows = max_rows
+        # Poisoned: a slot read before it was written gives another output.
+        self._slots = np.random.default_rng(1).integers(0, _MASK, (block_count, BLOCK_SIZE), dtype=np.uint64)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.plans = [plan]
+        self.steps += 1
+        assert plan.rows
+        assert self._max_rows is None or len(plan.rows) <= self._max_rows
+        for row in plan.rows:
+            self._write(row)
+        return StepResult(tuple(self._sample(row) if row.sampling else None for row in plan.rows))
+
+    def _write(self, row: RowPlan) -> None:
+        assert row.tokens
+        assert len(set(row.block_table)) == len(row.block_table)
+        assert len(row.block_table) * BLOCK_SIZE >= row.context_length
+        state = 0 if row.start == 0 else int(self._slots[self._slot(row, row.start - 1)])
+        for position, token in enumerate(row.tokens, row.start):
+            state = (state * 6364136223846793005 + (token + 1) * 1442695040888963407 + position) & _MASK
+            state ^= state >> 29
+            self._slots[self._slot(row, position)] = state
+
+    @staticmethod
+    def _slot(row: RowPlan, position: int) -> tuple[int, int]:
+        return row.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+
+    def _sample(self, row: RowPlan) -> TokenLogprob:
+        assert row.sampling is not None
+        context = self._slots[list(row.block_table)].reshape(-1)[: row.context_length]
+        drawn = _draw(context.tobytes(), row.sampling, row.context_length)
+        token = int.from_bytes(drawn[:8], "little") % self.vocabulary_size
+        bits = int.from_bytes(drawn[8:10], "little")
+        logprob = struct.unpack("<f", struct.pack("<f", -(bits + 1) / 997))[0]
+        return TokenLogprob(token, logprob)
+
+
+def _draw(context: bytes, sampling: SamplingParams, position: int) -> bytes:
+    # How long the output may get and what is reported of it must not matter to what is drawn.
+    chosen = replace(sampling, max_tokens=1, stop=(), ignore_eos=False, logprobs=False, top_logprobs=0)
+    return hashlib.sha256(context + repr((chosen, position)).encode()).digest()
