@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from engine.core import EngineCore
 from engine.limits import EngineLimits
-from engine.request import FinishReason, GenerationRequest, GenerationStats, SamplingParams, TokenLogprob
+from engine.request import FinishReason, GenerationRequest, GenerationStats, SamplingParams, TokenDelta, TokenLogprob
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.paged_runner import PagedRunner
 
@@ -98,7 +98,7 @@ def run_all(
     return outputs
 
 
-def take(output: Output, delta: object) -> None:
+def take(output: Output, delta: TokenDelta) -> None:
     output.tokens.extend(delta.tokens)
     output.logprobs.extend(delta.logprobs)
     output.text += delta.text

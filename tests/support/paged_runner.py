@@ -24,14 +24,14 @@ class PagedRunner:
     def __init__(self, block_count: int, vocabulary_size: int = 50_000, max_rows: int | None = None) -> None:
         self.block_count = block_count
         self.vocabulary_size = vocabulary_size
-        self.plans: list[StepPlan] = []  # the latest one only
+        self.latest: StepPlan | None = None
         self.steps = 0
         self._max_rows = max_rows
         # Poisoned: a slot read before it was written gives another output.
         self._slots = np.random.default_rng(1).integers(0, _MASK, (block_count, BLOCK_SIZE), dtype=np.uint64)
 
     def run(self, plan: StepPlan) -> StepResult:
-        self.plans = [plan]
+        self.latest = plan
         self.steps += 1
         assert plan.rows
         assert self._max_rows is None or len(plan.rows) <= self._max_rows
