@@ -12,7 +12,7 @@ of one salt are unreachable from another because the root differs.
     root  = SHA-256("probity/kv-root/1" ‖ salt)
     key_i = SHA-256(key_{i−1} ‖ 16 token ids, each u32 little-endian),  key_{−1} = root
     e.g. salt b"tenant-a", tokens 0 … 15:
-         key_0 = 52d5bbdb…  (tests/unit/engine/test_blocks.py holds it whole)
+         key_0 = 1316eb74…  (tests/unit/engine/test_blocks.py holds it whole)
 
 Source: Kwon et al., SOSP 2023 (paged KV); the salted chain answers CVE-2025-46570 and PROMPTPEEK.
 """

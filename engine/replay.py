@@ -5,7 +5,7 @@ The replay digest is SHA-256 over one 8-byte entry per output position, in order
     u32 token id, little-endian ‖ float32 logprob, its IEEE 754 bits, little-endian
     e.g. token 7 with logprob −0.5, then token 300 with logprob 0.0:
          07000000 000000bf 2c010000 00000000
-         → 88b774a9… (tests/unit/engine/test_replay.py holds it whole)
+         → 5822f26e… (tests/unit/engine/test_replay.py holds it whole)
 
 The end-of-sequence token, where one was sampled, is the last position. Equal digests under one numeric policy mean that
 every token and every logprob was repeated in its bits; across policies bits are never claimed to be equal.

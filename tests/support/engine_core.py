@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.core import EngineCore
 from engine.limits import EngineLimits
@@ -67,7 +68,8 @@ def make_request(
     seed: int = 0,
     **sampling: object,
 ) -> GenerationRequest:
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, logprobs=True, **sampling)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"logprobs": True} | sampling
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, **options)
     return GenerationRequest(request_id, tuple(prompt), params, salt, "tenant")
 
 

@@ -1,0 +1,230 @@
+"""Laws of the block pool and of the engine that schedules on it, under any order of events.
+
+free + cached + used == total, and check_integrity() is clean, after every step and every abort
+a block of one salt never reaches another
+whatever was shared, evicted, preempted or aborted, every token is the one the request gets when alone
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from hypothesis import assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.blocks import BlockPool
+from engine.core import EngineCore
+from engine.plan import BLOCK_SIZE
+from engine.request import EngineOverloaded, FinishReason, GenerationRequest, RequestRefused
+from engine.sequence import Sequence, SequenceStatus
+from tests.support.engine_core import Output, make_core, make_request, run_all
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The pool against a naive one: what each block holds, who holds it, and in which order it was let go."""
+
+    @initialize(total=st.integers(1, 12))
+    def start(self, total: int) -> None:
+        self.pool = BlockPool(total)
+        self.tables: list[list[int]] = []
+        self.contents: dict[int, bytes] = {}  # block → key it was published under, as long as it may be found
+        self.idle: list[int] = []  # published blocks nobody holds, oldest first
+        self.keys = 0
+
+    def held(self, block: int) -> int:
+        return sum(table.count(block) for table in self.tables)
+
+    @rule(data=st.data())
+    def allocate(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(0, self.pool.available))
+        free = self.pool.free
+        blocks = self.pool.allocate(count)
+        evicted = self.idle[: max(0, count - free)]
+        assert evicted == [block for block in blocks if block in self.idle]  # the oldest, and no other
+        for block in evicted:
+            self.idle.remove(block)
+            assert self.pool.find(self.contents.pop(block)) is None
+        assert all(self.held(block) == 0 for block in blocks)
+        self.tables.append(blocks)
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), known=st.booleans())
+    def publish(self, data: st.DataObject, known: bool) -> None:
+        block = data.draw(st.sampled_from(sorted({block for table in self.tables for block in table})))
+        self.keys += 1
+        key = str(self.keys).encode()
+        if known and self.contents:  # another sequence computed the same
+            key = data.draw(st.sampled_from(sorted(self.contents.values())))
+        self.pool.publish(block, key)
+        if block not in self.contents and key not in self.contents.values():
+            self.contents[block] = key
+
+    @precondition(lambda self: self.contents)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        keys = data.draw(st.lists(st.sampled_from(sorted(self.contents.values())), unique=True))
+        blocks = [block for block in map(self.pool.find, keys) if block is not None]
+        assert [self.contents[block] for block in blocks] == keys
+        self.pool.share(blocks)
+        self.idle = [block for block in self.idle if block not in blocks]
+        self.tables.append(blocks)
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.release(table)
+        self.idle += [block for block in reversed(table) if self.held(block) == 0 and block in self.contents]
+
+    @invariant()
+    def adds_up(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        assert self.pool.free + self.pool.cached + self.pool.used == self.pool.total
+        assert self.pool.check_integrity(self.tables) == ()
+        assert self.pool.cached == len(self.idle)
+        assert all(self.pool.find(key) == block for block, key in self.contents.items())
+
+
+SALTS = [b"tenant-a", b"tenant-b", b"tenant-b\x00"]
+BLOCKS = 12
+LIMITS = {"context_length": 150, "max_sequences": 5, "token_budget": 40, "waiting_limit": 4}
+
+
+def prompt_of(stem: int, length: int) -> list[int]:
+    """Few stems and any length: many requests share a prefix, within a salt and across salts."""
+    return [stem * 1000 + index for index in range(length)]
+
+
+@lru_cache(maxsize=4096)
+def tokens_alone(stem: int, length: int, seed: int) -> tuple[int, ...]:
+    core = make_core(64, **(LIMITS | {"token_budget": 4096}))
+    output = run_all(core, [make_request("alone", prompt_of(stem, length), 60, seed=seed)], check=False)["alone"]
+    return tuple(output.tokens)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(chunk=st.sampled_from([7, 16, 40]))
+    def start(self, chunk: int) -> None:
+        self.core: EngineCore = make_core(BLOCKS, chunk_tokens=chunk, **LIMITS)
+        self.outputs: dict[str, Output] = {}
+        self.expected: dict[str, tuple[int, ...]] = {}
+        self.requests: dict[str, GenerationRequest] = {}
+        self.computed: set[tuple[bytes, tuple[int, ...]]] = set()  # every full block ever filled: (salt, its prefix)
+        self.added = 0
+
+    @rule(
+        stem=st.integers(0, 1),
+        length=st.sampled_from([1, 15, 16, 17, 33, 48, 49, 100]),
+        max_tokens=st.sampled_from([1, 2, 16, 40, 60]),
+        salt=st.sampled_from(SALTS),
+        seed=st.integers(0, 1),
+    )
+    def add(self, stem: int, length: int, max_tokens: int, salt: bytes, seed: int) -> None:
+        request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
+        try:
+            self.core.add(request)
+        except EngineOverloaded:
+            assert len(self.outputs) == LIMITS["max_sequences"] + LIMITS["waiting_limit"]
+            return
+        self.added += 1
+        self.outputs[request.request_id] = Output()
+        self.requests[request.request_id] = request
+        self.expected[request.request_id] = tokens_alone(stem, length, seed)[:max_tokens]
+
+    @rule(length=st.sampled_from([0, 150, 151]), max_tokens=st.sampled_from([0, 1]))
+    def add_the_impossible(self, length: int, max_tokens: int) -> None:
+        try:
+            self.core.add(make_request("impossible", prompt_of(0, length), max_tokens))
+        except RequestRefused:
+            return
+        raise AssertionError("an impossible request was taken")
+
+    @rule(count=st.integers(1, 12))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.step_once()
+
+    def step_once(self) -> None:
+        watched = list(self.core.scheduler.sequences)
+        emissions = self.core.step()
+        for sequence in self.core.scheduler.admitted:
+            self.check_hits(sequence)
+        for sequence in watched:
+            self.note_computed(sequence)
+        for emission in emissions:
+            self.receive(emission.request_id, emission.delta.tokens, emission.delta.finish_reason)
+        self.adds_up()
+
+    def check_hits(self, sequence: Sequence) -> None:
+        """What a sequence found was computed before under its own salt, and never reaches its last prompt token."""
+        found = sequence.cached_tokens or 0
+        assert found % BLOCK_SIZE == 0
+        assert found < sequence.prompt_length
+        if found:
+            assert (sequence.request.cache_salt, tuple(sequence.tokens[:found])) in self.computed
+
+    def note_computed(self, sequence: Sequence) -> None:
+        finished = sequence.status is SequenceStatus.FINISHED  # all but its last token was computed
+        computed = len(sequence.tokens) - 1 if finished else sequence.computed
+        for end in range(BLOCK_SIZE, computed + 1, BLOCK_SIZE):
+            self.computed.add((sequence.request.cache_salt, tuple(sequence.tokens[:end])))
+
+    def receive(self, request_id: str, tokens: tuple[int, ...], reason: FinishReason | None) -> None:
+        output = self.outputs[request_id]
+        output.tokens.extend(tokens)
+        assert tuple(output.tokens) == self.expected[request_id][: len(output.tokens)]
+        if reason is not None:
+            assert tuple(output.tokens) == self.expected[request_id]
+            del self.outputs[request_id]
+
+    @precondition(lambda self: self.outputs)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.outputs)))
+        emission = self.core.abort(request_id)
+        assert emission is not None
+        assert emission.delta.stats is not None
+        assert emission.delta.stats.output_tokens == len(self.outputs.pop(request_id).tokens)
+        self.adds_up()
+
+    @rule()
+    def preempt(self) -> None:
+        assume(self.core.scheduler.running > 0)
+        self.core.scheduler.preempt_youngest()
+
+    @invariant()
+    def adds_up(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        pool = self.core.scheduler.pool
+        assert pool.free + pool.cached + pool.used == pool.total
+        assert self.core.check_integrity() == ()
+
+    @invariant()
+    def no_block_is_held_under_two_salts(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        salts: dict[int, bytes] = {}
+        for sequence in self.core.scheduler.sequences:
+            for block in sequence.blocks:
+                assert salts.setdefault(block, sequence.request.cache_salt) == sequence.request.cache_salt
+
+    def teardown(self) -> None:
+        """Whatever happened, everything left finishes, with the right tokens, and gives every block back."""
+        if not hasattr(self, "core"):
+            return
+        for _ in range(3000):
+            if not self.core.has_work:
+                break
+            self.step_once()
+        assert not self.core.has_work
+        assert self.outputs == {}
+        assert self.core.scheduler.pool.used == 0
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

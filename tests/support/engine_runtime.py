@@ -1,0 +1,46 @@
+"""Makes runtimes on small real cores, and a runner whose steps a test can hold up or break."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from engine.core import EngineCore
+from engine.plan import StepPlan, StepResult
+from engine.request import ModelVersion
+from engine.runtime import EngineRuntime, RuntimeTimes
+from tests.support.byte_tokenizer import ByteTokenizer
+from tests.support.paged_runner import PagedRunner
+
+POLICY = "sha256:" + "1" * 64
+MODEL = ModelVersion("tiny", *("sha256:" + digit * 64 for digit in "23456"))
+
+
+class GatedRunner(PagedRunner):
+    """Lets a step through only while its gate is open; raises `failure` instead when that is set."""
+
+    def __init__(self, block_count: int) -> None:
+        super().__init__(block_count)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()  # a step stands at the gate, or has passed it
+        self.failure: BaseException | None = None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        self.entered.set()
+        assert self.gate.wait(30)
+        if self.failure is not None:
+            raise self.failure
+        return super().run(plan)
+
+
+def make_runtime(
+    core: EngineCore,
+    *,
+    times: RuntimeTimes | None = None,
+    kind: type[EngineRuntime] = EngineRuntime,
+    clock: Callable[[], float] | None = None,
+) -> EngineRuntime:
+    options: dict[str, Any] = {} if clock is None else {"clock": clock}
+    return kind(core, ByteTokenizer(), MODEL, POLICY, times=times, **options)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import pytest
+
+from engine.core import EngineCore
+from engine.plan import StepPlan, StepResult
+from engine.request import ContextTooLong, EngineOverloaded, FinishReason, RequestRefused
+from tests.support.engine_core import Ticks, make_core, make_prompt, make_request, run_all
+from tests.support.paged_runner import PagedRunner
+
+
+def test_a_request_runs_to_its_length_and_leaves_nothing_behind() -> None:
+    core = make_core()
+    output = run_all(core, [make_request("r", make_prompt(20), 5)])["r"]
+    assert (len(output.tokens), output.finish_reason) == (5, FinishReason.LENGTH)
+    assert [entry.token for entry in output.logprobs] == output.tokens
+    assert not core.has_work
+    assert core.metrics().used_blocks == 0
+
+
+def test_an_idle_core_steps_to_nothing() -> None:
+    assert make_core().step() == []
+
+
+def test_a_request_ends_at_its_stop_string_in_the_middle_of_others() -> None:
+    runner = PagedRunner(64, vocabulary_size=128)  # every token is one ASCII character
+    core = make_core(runner=runner)
+    free = run_all(core, [make_request("free", make_prompt(9), 40)])["free"]
+    stop = free.text[10:13]
+    requests = [make_request("stopped", make_prompt(9), 40, stop=(stop,)), make_request("beside", make_prompt(9), 40)]
+    outputs = run_all(core, requests)
+    assert outputs["stopped"].text == free.text[: free.text.index(stop)]
+    assert outputs["stopped"].finish_reason is FinishReason.STOP
+    assert outputs["beside"].text == free.text
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 7])
+def test_an_abort_at_any_step_frees_everything_and_reports_what_was_done(after: int) -> None:
+    core = make_core(token_budget=64, chunk_tokens=16)
+    core.add(make_request("r", make_prompt(40), 30))
+    tokens = [token for _ in range(after) for emission in core.step() for token in emission.delta.tokens]
+    emission = core.abort("r")
+    assert emission is not None
+    assert emission.delta.finish_reason is FinishReason.ABORT
+    assert emission.delta.stats is not None
+    assert emission.delta.stats.output_tokens == len(tokens)
+    assert core.check_integrity() == ()
+    assert (core.has_work, core.metrics().used_blocks) == (False, 0)
+    assert core.abort("r") is None
+
+
+def test_an_abort_leaves_the_others_as_they_would_have_been() -> None:
+    prompts = {name: make_prompt(30 + 5 * index, index) for index, name in enumerate("abc")}
+    alone = {name: run_all(make_core(), [make_request(name, prompts[name], 20)])[name].tokens for name in "ac"}
+    core = make_core(token_budget=64)
+
+    def abort_b(core: EngineCore, step: int) -> None:
+        if step == 4:
+            core.abort("b")
+
+    outputs = run_all(core, [make_request(name, prompts[name], 20) for name in "abc"], before_step=abort_b)
+    assert {name: outputs[name].tokens for name in "ac"} == alone
+
+
+def test_an_id_in_flight_is_refused_and_may_be_used_again_afterwards() -> None:
+    core = make_core()
+    core.add(make_request("r", [1]))
+    with pytest.raises(RequestRefused, match="`request_id`"):
+        core.add(make_request("r", [2]))
+    core.abort("r")
+    core.add(make_request("r", [2]))
+
+
+def test_a_refused_request_leaves_no_trace() -> None:
+    core = make_core(context_length=16, max_sequences=1, waiting_limit=0)
+    with pytest.raises(ContextTooLong):
+        core.add(make_request("long", make_prompt(16)))
+    core.add(make_request("fits", make_prompt(15)))
+    with pytest.raises(EngineOverloaded):
+        core.add(make_request("more", [1]))
+    assert core.abort("long") is None
+    assert core.abort("more") is None
+
+
+def test_stats_tell_queue_cache_and_preemption() -> None:
+    clock = Ticks()
+    core = make_core(clock=clock, max_sequences=1, token_budget=64)
+
+    def tick(core: EngineCore, step: int) -> None:
+        clock.now += 1.0
+        if step == 4:
+            core.scheduler.preempt_youngest()
+
+    requests = [make_request("first", make_prompt(33), 6), make_request("second", make_prompt(33), 2)]
+    outputs = run_all(core, requests, before_step=tick)
+    first, second = outputs["first"].stats, outputs["second"].stats
+    assert first is not None
+    assert second is not None
+    assert (first.queued_s, first.first_token_s, first.total_s) == (1.0, 1.0, 6.0)
+    assert (first.preemptions, first.cached_tokens) == (1, 0)
+    assert (second.queued_s, second.cached_tokens, second.prompt_tokens) == (7.0, 32, 33)
+
+
+def test_what_the_runner_raises_comes_through() -> None:
+    class BrokenRunner(PagedRunner):
+        def run(self, plan: StepPlan) -> StepResult:
+            raise FloatingPointError
+
+    core = make_core(runner=BrokenRunner(8))
+    core.add(make_request("r", [1], 1))
+    with pytest.raises(FloatingPointError):
+        core.step()
