@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
@@ -275,6 +276,7 @@ async def test_a_stuck_step_is_not_alive_fails_what_waits_and_recovers_if_it_eve
         await task
     with pytest.raises(EngineDead, match="no progress"):
         await anext(engine.generate(make_request("later", [1])))
+    assert engine.health().running + engine.health().waiting == 1  # the later one was not even queued
     runner.gate.set()
     await until(lambda: idle_and_sound(engine, core))
     assert engine.health().alive
@@ -308,6 +310,20 @@ async def test_draining_lets_everything_end_and_takes_nothing_new(closing: Closi
     assert await engine.drain(PATIENCE_S)
     assert len((await task).tokens) == 5
     assert engine.health().alive
+
+
+async def test_draining_an_engine_that_dies_ends_with_it(closing: Closing) -> None:
+    engine, runner, _ = gated(closing)
+    runner.gate.clear()
+    task = asyncio.create_task(collect(engine, make_request("r", [1], 5)))
+    await asyncio.to_thread(runner.entered.wait, PATIENCE_S)
+    draining = asyncio.create_task(engine.drain(PATIENCE_S))
+    await asyncio.sleep(0)
+    runner.failure = RuntimeError("now")
+    runner.gate.set()
+    assert await draining
+    with pytest.raises(EngineDead):
+        await task
 
 
 async def test_draining_an_idle_engine_is_done_at_once(closing: Closing) -> None:
@@ -393,3 +409,31 @@ async def test_preempted_and_cached_streams_carry_the_same_answer(closing: Closi
     for index, output in enumerate(outputs):
         alone = run_all(make_core(), [replace(requests[index], request_id="alone")])["alone"]
         assert output.tokens == alone.tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_consumers_that_leave_at_any_moment_leave_nothing_behind(closing: Closing, seed: int) -> None:
+    rng = random.Random(seed)
+    core = make_core(blocks=24, token_budget=64, max_sequences=12)
+    engine = closing(make_runtime(core))
+    expected = run_all(make_core(), [make_request("alone", make_prompt(30), 60)])["alone"].tokens
+
+    async def consume(index: int) -> None:
+        stay = rng.randrange(80)
+        stream = engine.generate(make_request(str(index), make_prompt(30), 60))
+        tokens: list[int] = []
+        async for delta in stream:
+            tokens.extend(delta.tokens)
+            if len(tokens) > stay:
+                break
+        await stream.aclose()
+        assert tokens == expected[: len(tokens)]
+
+    tasks = [asyncio.create_task(consume(index)) for index in range(60)]
+    for task in rng.sample(tasks, 15):
+        await asyncio.sleep(0)
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert {type(result) for result in results} <= {type(None), asyncio.CancelledError}
+    await until(lambda: idle_and_sound(engine, core))
+    assert engine.health().alive
