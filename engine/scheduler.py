@@ -37,6 +37,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()  # oldest first, all younger than the running ones
         self.admitted: list[Sequence] = []  # by the latest plan
         self._planned: list[tuple[Sequence, int]] = []  # what the step under way computes, row by row
+        self._filling: set[bytes] = set()  # keys of the blocks that prefills of the step under way will fill
         self._arrivals = 0
         self._preempted = False  # in this step; nobody is admitted then
         # The head of the queue was last refused admission with this many blocks available; asking again before there
@@ -76,6 +77,7 @@ class Scheduler:
             raise StepMismatch("a plan is already under way")
         self._preempted = False
         self.admitted = []
+        self._filling.clear()
         rows: list[RowPlan] = []
         budget = self._plan_running(rows)
         self._plan_waiting(rows, budget)
@@ -152,6 +154,9 @@ class Scheduler:
                 if self.preempt_youngest() is sequence:
                     return False
             sequence.extend(self.pool.allocate(missing))
+        if count > 1:
+            filled = range(sequence.computed // BLOCK_SIZE, (sequence.computed + count) // BLOCK_SIZE)
+            self._filling.update(sequence.key(index) for index in filled)
         self._planned.append((sequence, count))
         rows.append(sequence.row(count))
         return True
@@ -174,6 +179,8 @@ class Scheduler:
         if self._refused_at is not None and self.pool.available <= self._refused_at:
             return False
         hits = self._find_prefix(sequence)
+        if self._would_repeat(sequence, len(hits)):
+            return False
         idle = sum(1 for block in hits if self.pool.is_idle(block))
         if self.pool.available - idle < blocks_for(len(sequence.tokens)) - len(hits) + self.running:
             self._refused_at = self.pool.available
@@ -198,6 +205,13 @@ class Scheduler:
                 break
             hits.append(block)
         return hits
+
+    def _would_repeat(self, sequence: Sequence, hits: int) -> bool:
+        """Return whether the next block of `sequence` is being filled in this very step by an older neighbour.
+
+        Waiting a step turns it into a hit: of many users of one long prompt who come at once, one computes it.
+        """
+        return hits < (len(sequence.tokens) - 1) // BLOCK_SIZE and sequence.key(hits) in self._filling
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the blocks that this step filled to the prefix cache, of output as of prompt."""

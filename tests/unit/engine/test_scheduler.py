@@ -157,14 +157,22 @@ def test_blocks_shared_by_running_sequences_are_held_by_both() -> None:
     assert scheduler.pool.used == 3
 
 
-def test_a_block_is_not_reusable_before_the_step_that_fills_it_is_committed() -> None:
-    scheduler = make_scheduler()
-    scheduler.add(request(0, 40))
-    second = scheduler.add(request(0, 40))
-    plan = scheduler.plan()
-    assert plan is not None
-    assert second.cached_tokens == 0
-    assert shape(plan) == [(0, 40, True), (0, 40, True)]
+def test_a_block_is_reused_only_after_the_step_that_fills_it_and_its_sharer_waits_for_that() -> None:
+    scheduler = make_scheduler(token_budget=64, chunk_tokens=32)
+    scheduler.add(request(0, 70))
+    second = scheduler.add(request(0, 70))
+    assert shape(step(scheduler)) == [(0, 32, False)]
+    assert shape(step(scheduler)) == [(32, 32, False)]
+    assert shape(step(scheduler)) == [(64, 6, True), (64, 6, True)]
+    assert second.cached_tokens == 64
+
+
+def test_nobody_waits_for_a_block_of_another_salt_or_of_no_use() -> None:
+    for other in (request(0, 40, salt=b"other"), request(1, 40), request(0, 16), request(0, 9)):
+        scheduler = make_scheduler()
+        scheduler.add(request(0, 40))
+        scheduler.add(other)
+        assert len(step(scheduler).rows) == 2
 
 
 def test_finishing_anywhere_gives_every_block_back() -> None:
