@@ -125,9 +125,10 @@ class KeyStore:
         if not keys:
             return
         try:
-            self._insert(keys)
-        except IntegrityError:
-            self._insert(self._absent(keys))
+            try:
+                self._insert(keys)
+            except IntegrityError:
+                self._insert(self._absent(keys))
         except SQLAlchemyError as error:
             raise KeyStoreUnavailable("the key store did not confirm") from error
 
