@@ -1,8 +1,8 @@
 """A leaf as its members: built by the writer, read back by the verifier and the reader.
 
-The example stands in records.py; `Leaf.encode` gives those bytes and `Leaf.parse` takes no others. `identities`, `parts`
-and `body` are always present, if empty; `request` is absent where the record belongs to none. A member that version 1
-does not know is refused: a leaf says nothing that a verifier overlooks.
+The example stands in records.py; `Leaf.encode` gives those bytes and `Leaf.parse` takes no others. `identities`,
+`parts` and `body` are always present, if empty; `request` is absent where the record belongs to none. A member that
+version 1 does not know is refused: a leaf says nothing that a verifier overlooks.
 
 Knows no database and no keys.
 """
@@ -31,7 +31,7 @@ _NONCE = re.compile(r"[0-9a-f]{32}")
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z", re.ASCII)
 _NAME = re.compile(r"[a-z0-9_]+")
 _REQUIRED = frozenset(
-    "body identities log nonce parts prev record time type v writer writer_seq".split(),
+    ("body", "identities", "log", "nonce", "parts", "prev", "record", "time", "type", "v", "writer", "writer_seq")
 )
 
 

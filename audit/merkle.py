@@ -194,7 +194,7 @@ def check_inclusion(leaf_hash: bytes, index: int, size: int, proof: Sequence[byt
     """
     _check_index(index, size)
     _check_hashes(leaf_hash, root, *proof)
-    remaining = list(proof)
+    remaining = list(reversed(proof))
     node, last = index, size - 1
     computed = leaf_hash
     while last:
@@ -218,7 +218,7 @@ def check_consistency(old: int, old_root: bytes, new: int, new_root: bytes, proo
     """
     _check_sizes(old, new)
     _check_hashes(old_root, new_root, *proof)
-    remaining = list(proof)
+    remaining = list(reversed(proof))
     if old == new:
         _check_used(remaining)
         if old_root != new_root:
@@ -268,9 +268,10 @@ def _split(size: int) -> int:
 
 
 def _take(remaining: list[bytes]) -> bytes:
+    """Return the proof's next hash; `remaining` is the proof backwards."""
     if not remaining:
         raise ProofShape("the proof has too few hashes")
-    return remaining.pop(0)
+    return remaining.pop()
 
 
 def _check_used(remaining: Sequence[bytes]) -> None:
@@ -285,7 +286,8 @@ def _check_hash(value: bytes) -> None:
 
 def _check_hashes(*values: bytes) -> None:
     for value in values:
-        _check_hash(value)
+        if len(value) != HASH_BYTES:
+            _check_hash(value)
 
 
 def _check_size(size: int) -> None:
