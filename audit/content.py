@@ -110,6 +110,24 @@ def open_part(data_key: bytes, tenant: str, record: str, part: str, sealed: Seal
     return opening
 
 
+def seal_transient(data_key: bytes, tenant: str, record: str, part: str, plaintext: bytes, random: Random) -> bytes:
+    """Encrypt what no leaf commits to, such as a journal row: nonce ‖ ciphertext. The cipher guards it alone."""
+    nonce = random(NONCE_BYTES)
+    return nonce + AESGCM(data_key).encrypt(nonce, plaintext, _names(tenant, record, part))
+
+
+def open_transient(data_key: bytes, tenant: str, record: str, part: str, sealed: bytes) -> bytes:
+    """Decrypt what `seal_transient` gave.
+
+    Raises:
+        NotOpenable: changed, or another key, tenant, record or part.
+    """
+    try:
+        return AESGCM(data_key).decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _names(tenant, record, part))
+    except (InvalidTag, ValueError) as error:
+        raise NotOpenable(f"`{part}` does not open with the key it is stored with") from error
+
+
 def commitment(tenant: str, record: str, part: str, opening: Opening) -> bytes:
     """Return `com`, 32 bytes."""
     return _commit(_names(tenant, record, part), opening.r, opening.plaintext)

@@ -174,16 +174,12 @@ def mark_numbered(connection: Connection, log: str, writer_id: str, until: int) 
 
 def unpublished(connection: Connection) -> list[Checkpoint]:
     """Return the checkpoint of each log that grew since its last published one."""
-    last = (
-        select(checkpoint.c.log, func.max(checkpoint.c.tree_size).label("tree_size"))
-        .group_by(checkpoint.c.log)
-        .subquery()
+    published = (
+        select(func.coalesce(func.max(checkpoint.c.tree_size), 0))
+        .where(checkpoint.c.log == head.c.log)
+        .scalar_subquery()
     )
-    rows = connection.execute(
-        select(head.c.log, head.c.frontier)
-        .outerjoin(last, last.c.log == head.c.log)
-        .where(head.c.size > func.coalesce(last.c.tree_size, 0))
-    ).all()
+    rows = connection.execute(select(head.c.log, head.c.frontier).where(head.c.size > published)).all()
     return [Checkpoint(log, *_size_and_root(bytes(frontier))) for log, frontier in rows]
 
 

@@ -105,8 +105,7 @@ journal = Table(
     Column("request_id", _ID, primary_key=True),
     Column("sequence", BigInteger, primary_key=True, autoincrement=False),
     Column("choice", Integer, nullable=False),
-    Column("nonce", LargeBinary, nullable=False),
-    Column("ciphertext", LargeBinary, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),  # nonce ‖ ciphertext
 )
 
 # Who writes. A writer whose lease ran out may be fenced, and is never heard again.

@@ -142,8 +142,7 @@ def _create_tables() -> None:
         sa.Column("request_id", sa.String(length=36), nullable=False),
         sa.Column("sequence", sa.BigInteger(), autoincrement=False, nullable=False),
         sa.Column("choice", sa.Integer(), nullable=False),
-        sa.Column("nonce", sa.LargeBinary(), nullable=False),
-        sa.Column("ciphertext", sa.LargeBinary(), nullable=False),
+        sa.Column("sealed", sa.LargeBinary(), nullable=False),
         sa.PrimaryKeyConstraint("request_id", "sequence"),
     )
     op.create_table(
