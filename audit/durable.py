@@ -1,0 +1,47 @@
+"""Small files that must survive a crash whole: written beside, synced, renamed, and the directory synced.
+
+Knows nothing of what is in them. POSIX rename is atomic within one file system; without the directory's own fsync the
+new name may be lost with the power.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PRIVATE = 0o600
+PUBLIC = 0o644
+
+
+def replace_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Make `path` hold `content`, durably: after a crash it holds the old content or the new, whole.
+
+    Raises:
+        OSError: it could not be written; the old content stands. A failed fsync must not be retried.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        write_new_file(beside, content, mode)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_new_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
+    """Write and sync a file that must not exist yet; its directory is not synced."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)  # whatever the umask
+        file.write(content)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""Recovery: requests that a writer received and did not live to close.
+
+A segment is in the journal before it is sent. When a process dies, its open requests are closed by the next one, as
+`request.interrupted`, with exactly the text that was durable: what a client saw is a part of it. A writer is fenced
+before its orphans are closed, so that it cannot close them too.
+
+Knows the journal's rows and the writers' leases; the closing records themselves go through the writer like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select, update
+
+from audit.content import open_transient
+from audit.records import Record, RecordType
+from audit.tables import journal, request_index, writer
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A request without a closing record, whose writer has ended."""
+
+    request_id: str
+    tenant: str
+    key_id: str
+
+
+def part_name(sequence: int) -> str:
+    """Return the name under which a segment is encrypted; it ties the row to its place."""
+    return f"journal_{sequence}"
+
+
+def fence(connection: Connection, now_us: int, *, sole_writer: bool) -> None:
+    """End every writer whose lease ran out; all others, where this process alone may write."""
+    ended = update(writer).where(writer.c.ended.is_(None))
+    if not sole_writer:
+        ended = ended.where(writer.c.lease_until < now_us)
+    connection.execute(ended.values(ended=now_us))
+
+
+def orphans(connection: Connection) -> list[Orphan]:
+    """Return the open requests of ended writers, oldest first."""
+    rows = connection.execute(
+        select(request_index.c.request_id, request_index.c.tenant, request_index.c.key_id)
+        .join(writer, writer.c.id == request_index.c.writer)
+        .where(request_index.c.status == "received", writer.c.ended.is_not(None))
+        .order_by(request_index.c.received_at, request_index.c.request_id)
+    )
+    return [Orphan(*row) for row in rows]
+
+
+def journaled_text(connection: Connection, orphan: Orphan, data_key: bytes) -> list[str]:
+    """Return the durable text of each choice, in the order it was journaled."""
+    rows = connection.execute(
+        select(journal.c.sequence, journal.c.choice, journal.c.sealed)
+        .where(journal.c.request_id == orphan.request_id)
+        .order_by(journal.c.sequence)
+    )
+    choices: dict[int, list[bytes]] = {}
+    for sequence, choice, sealed in rows:
+        text = open_transient(data_key, orphan.tenant, orphan.request_id, part_name(sequence), bytes(sealed))
+        choices.setdefault(choice, []).append(text)
+    return [b"".join(choices.get(index, [])).decode() for index in range(max(choices, default=-1) + 1)]
+
+
+def interrupted(orphan: Orphan, texts: list[str]) -> Record:
+    """Return the closing record of an orphan."""
+    output = json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
+    return Record(
+        RecordType.REQUEST_INTERRUPTED,
+        orphan.tenant,
+        {"reason": "writer_ended", "choices": len(texts)},
+        orphan.request_id,
+        {"output": output},
+    )

@@ -1,0 +1,195 @@
+"""The log as the gateway holds it: opened or refused, appended to, asked how it is.
+
+Opening checks every promise before the first record: keys, settings and defences of the database, the ratchet. Then
+the orphans of writers that ended are closed, and only then does the log take anything new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from sqlalchemy import select
+
+from audit.database import Database, reading
+from audit.journal import fence, interrupted, journaled_text, orphans
+from audit.keys import Keyring
+from audit.keystore import KeyStore
+from audit.merkle import tree_root
+from audit.ratchet import Ratchet
+from audit.records import SYSTEM, Receipt, Record, RecordType, Segment
+from audit.sequencer import node_reader
+from audit.tables import head
+from audit.trust import write_trust
+from audit.writer import LogUnavailable, Within, Writer
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    database_url: str
+    keystore_url: str  # another database, with backups of its own
+    keys: Path  # directory: master, pseudonym and signing key
+    ratchet: Path
+    trust: Path  # where the verifier keys are written for auditors
+    origin: str  # e.g. `probity.local`; a tenant's log is `probity.local/acme-bank`
+    append_timeout_s: float = 10.0
+    low_water_bytes: int = 256 << 20  # below it, no new request is taken
+
+
+@dataclass(frozen=True, slots=True)
+class LogHealth:
+    alive: bool
+    why: str | None  # what ended it
+    queued: int
+    disk_low: bool
+    last_commit_age_s: float | None
+
+
+class AuditLog:
+    """Append-only. One per process."""
+
+    def __init__(
+        self, settings: LogSettings, database: Database, keyring: Keyring, keystore: KeyStore, ratchet: Ratchet
+    ) -> None:
+        self._settings = settings
+        self.database = database
+        self.keyring = keyring
+        self.keystore = keystore
+        self._writer = Writer(
+            database,
+            keyring,
+            keystore,
+            ratchet,
+            self.origin,
+            low_water_bytes=settings.low_water_bytes,
+            on_new_log=self._write_trust,
+        )
+
+    @classmethod
+    def open(cls, settings: LogSettings, *, create: bool = False) -> AuditLog:
+        """Open the log, close what earlier writers left open, and start to write.
+
+        With `create`, keys and ratchet are made where neither exists: the first start of an embedded log. A log that
+        has one without the other lost something, and is refused.
+
+        Raises:
+            KeyRefused, DatabaseRefused, KeyStoreError, RatchetError: a promise could not be kept; each says what to do.
+        """
+        if create and not settings.keys.exists() and not settings.ratchet.exists():
+            Keyring.create(settings.keys)
+            Ratchet.create(settings.ratchet)
+        keyring = Keyring.load(settings.keys)
+        ratchet = Ratchet.load(settings.ratchet)
+        database = Database.open(settings.database_url)
+        try:
+            _check_ratchet(database, ratchet)
+            keystore = KeyStore.open(settings.keystore_url)
+        except BaseException:
+            database.close()
+            raise
+        log = cls(settings, database, keyring, keystore, ratchet)
+        log._start()
+        return log
+
+    def origin(self, tenant: str) -> str:
+        """Return the name of a tenant's log."""
+        return f"{self._settings.origin}/{tenant}"
+
+    # --- appending ---
+
+    async def append(self, record: Record, within: Within | None = None) -> Receipt:
+        """Append one record and return once it is durable.
+
+        When this returns, a crash of any process will not lose it. Records of one caller keep their order; concurrent
+        callers share a transaction. `within` runs in the record's own transaction: what it raises undoes both.
+
+        Raises:
+            RecordTooLarge: the canonical bytes exceed 65,535.
+            AlreadyClosed: a closing record for a request that is not open.
+            LogUnavailable: the database did not confirm in time. The record may or may not be stored; the request it
+                belongs to must not be answered.
+        """
+        try:
+            async with asyncio.timeout(self._settings.append_timeout_s):
+                return await self._writer.append(record, within)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            self._disown(record)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise LogUnavailable("the database did not confirm in time") from error
+
+    async def journal(self, segment: Segment) -> None:
+        """Return once the segment is durable.
+
+        Raises:
+            AlreadyClosed: the request is not open.
+            LogUnavailable: not confirmed; the segment must not be sent.
+        """
+        try:
+            async with asyncio.timeout(self._settings.append_timeout_s):
+                await self._writer.journal(segment)
+        except TimeoutError as error:
+            raise LogUnavailable("the database did not confirm in time") from error
+
+    def append_blocking(self, record: Record, within: Within | None = None) -> Receipt:
+        """`append` for a thread without an event loop: start-up and the command line."""
+        return self._writer.append_blocking(record, within)
+
+    def _disown(self, record: Record) -> None:
+        """Its caller no longer waits. Should a received request still be stored, it is closed behind it."""
+        if record.type is RecordType.REQUEST_RECEIVED:
+            body = {"reason": "not_confirmed"}
+            with suppress(LogUnavailable):  # then it is an orphan, and closed at the next start
+                self._writer.append_unattended(
+                    Record(RecordType.REQUEST_INTERRUPTED, record.tenant, body, record.request_id, {"output": b"[]"})
+                )
+
+    # --- state ---
+
+    def health(self) -> LogHealth:
+        committed = self._writer.last_commit
+        return LogHealth(
+            alive=self._writer.dead is None,
+            why=self._writer.dead,
+            queued=self._writer.queued(),
+            disk_low=self._writer.disk_low,
+            last_commit_age_s=None if committed is None else max(0.0, time.time() - committed),
+        )
+
+    def close(self) -> None:
+        """Write what is queued, sign the last checkpoint, and let go of the database."""
+        if self._writer.dead is None:
+            self._writer.append_blocking(Record(RecordType.WRITER_STOPPED, SYSTEM, {"writer": self._writer.id}))
+        self._writer.close()
+        self.keystore.close()
+        self.database.close()
+
+    def _start(self) -> None:
+        with self.database.writer.begin() as connection:
+            fence(connection, round(time.time() * 1e6), sole_writer=self.database.embedded)
+            left_open = orphans(connection)
+        self._writer.start()
+        self._writer.append_blocking(Record(RecordType.WRITER_STARTED, SYSTEM, {"writer": self._writer.id}))
+        for orphan in left_open:
+            data_key = self._writer.adopt(orphan.request_id, orphan.tenant)
+            with self.database.writer.connect() as connection:
+                texts = journaled_text(connection, orphan, data_key)
+            self._writer.append_blocking(interrupted(orphan, texts))
+        self._write_trust()
+
+    def _write_trust(self) -> None:
+        with reading(self.database.reader) as connection:
+            logs = connection.execute(select(head.c.log).order_by(head.c.log)).scalars().all()
+        write_trust(self._settings.trust, [self.keyring.verifier(log) for log in logs])
+
+
+def _check_ratchet(database: Database, ratchet: Ratchet) -> None:
+    """Raise RatchetError unless every log that was ever signed is there, and extends what was signed."""
+    with reading(database.reader) as connection:
+        for origin in ratchet.origins:
+            size = connection.execute(select(head.c.size).where(head.c.log == origin)).scalar_one_or_none() or 0
+            ratchet.check(origin, size, partial(tree_root, read=node_reader(connection, origin)))

@@ -1,0 +1,176 @@
+"""The tables of the log. Created by migrations/versions/0001_audit.py, which also sets their defences.
+
+    evidence  (append-only)   leaf · leaf_number · tile · checkpoint · content
+    in flight (transient)     journal
+    mutable   (rebuildable)   writer · chain · head · request_index
+
+Times are integers, microseconds since 1970 UTC. Content is ciphertext; its keys lie in a store of their own
+(keystore.py). Knows columns, no rules: what may be written when is in writer.py and sequencer.py.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+    text,
+)
+
+metadata = MetaData()
+
+_LOG = String(255)  # an origin, e.g. `probity.local/acme-bank`
+_ID = String(36)  # a UUID
+
+# One row a leaf, as its writer chained it. `bytes` are verbatim what `leaf_hash` is the hash of.
+leaf = Table(
+    "leaf",
+    metadata,
+    Column("log", _LOG, primary_key=True),
+    Column("writer", String(32), primary_key=True),
+    Column("writer_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("leaf_hash", LargeBinary, nullable=False),
+    Column("bytes", LargeBinary, nullable=False),
+    Column("record_id", _ID, nullable=False),
+    Column("request_id", _ID),
+    Column("type", String(40), nullable=False),
+    Column("time", BigInteger, nullable=False),
+    CheckConstraint("writer_seq >= 0", name="leaf_writer_seq_is_a_count"),
+    CheckConstraint("length(leaf_hash) = 32", name="leaf_hash_has_32_bytes"),
+    Index("leaf_request", "request_id"),
+    Index("leaf_record", "record_id", unique=True),
+    # Exactly one closing record a request, whoever writes it.
+    Index(
+        "leaf_closes_once",
+        "request_id",
+        unique=True,
+        sqlite_where=text("type IN ('request.completed', 'request.failed', 'request.interrupted')"),
+        postgresql_where=text("type IN ('request.completed', 'request.failed', 'request.interrupted')"),
+    ),
+)
+
+# The log's own order: which leaf is leaf `leaf_index`. Dense from 0.
+leaf_number = Table(
+    "leaf_number",
+    metadata,
+    Column("log", _LOG, primary_key=True),
+    Column("leaf_index", BigInteger, primary_key=True, autoincrement=False),
+    Column("writer", String(32), nullable=False),
+    Column("writer_seq", BigInteger, nullable=False),
+    UniqueConstraint("log", "writer", "writer_seq", name="leaf_is_numbered_once"),
+)
+
+# Full tiles of 256 hashes (C2SP tlog-tiles): level 0 holds leaf hashes, level n the roots of 256 tiles of level n − 1.
+tile = Table(
+    "tile",
+    metadata,
+    Column("log", _LOG, primary_key=True),
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("tile_index", BigInteger, primary_key=True, autoincrement=False),
+    Column("hashes", LargeBinary, nullable=False),  # 8,192 bytes
+)
+
+checkpoint = Table(
+    "checkpoint",
+    metadata,
+    Column("log", _LOG, primary_key=True),
+    Column("tree_size", BigInteger, primary_key=True, autoincrement=False),
+    Column("root", LargeBinary, nullable=False),
+    Column("note", String, nullable=False),  # the signed note
+    Column("time", BigInteger, nullable=False),
+)
+
+content = Table(
+    "content",
+    metadata,
+    Column("record_id", _ID, primary_key=True),
+    Column("part", String(64), primary_key=True),
+    Column("log", _LOG, nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("nonce", LargeBinary, nullable=False),
+    Column("ciphertext", LargeBinary, nullable=False),
+)
+
+# Segments of answers that are still being generated; gone when the request's closing record is durable.
+journal = Table(
+    "journal",
+    metadata,
+    Column("request_id", _ID, primary_key=True),
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("choice", Integer, nullable=False),
+    Column("sealed", LargeBinary, nullable=False),  # nonce ‖ ciphertext
+)
+
+# Who writes. A writer whose lease ran out may be fenced, and is never heard again.
+writer = Table(
+    "writer",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("started", BigInteger, nullable=False),
+    Column("lease_until", BigInteger, nullable=False),
+    Column("ended", BigInteger),  # stopped in order, or fenced
+)
+
+# How far each writer's chain in each log has come, and how far it is numbered. Counts of leaves.
+chain = Table(
+    "chain",
+    metadata,
+    Column("log", _LOG, primary_key=True),
+    Column("writer", String(32), primary_key=True),
+    Column("appended", BigInteger, nullable=False),
+    Column("numbered", BigInteger, nullable=False),
+)
+
+# The right edge of each log's tree.
+head = Table(
+    "head",
+    metadata,
+    Column("log", _LOG, primary_key=True),
+    Column("tenant", String(128), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("frontier", LargeBinary, nullable=False),
+)
+
+# The officers' view: one row a request, built from its leaves and rebuildable from them.
+request_index = Table(
+    "request_index",
+    metadata,
+    Column("request_id", _ID, primary_key=True),
+    Column("log", _LOG, nullable=False),
+    Column("tenant", String(128), nullable=False),
+    Column("writer", String(32), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("subject", String(64)),  # pseudonym
+    Column("client", String(256)),
+    Column("purpose", String(128)),
+    Column("action", String(40), nullable=False),
+    Column("model_alias", String(128)),
+    Column("model_version", String(80)),
+    Column("effect", String(8), nullable=False),  # allow | deny
+    Column("policy", String(80), nullable=False),
+    Column("status", String(16), nullable=False),  # received | completed | denied | failed | interrupted | cancelled
+    Column("code", String(64)),  # of a denial or a failure
+    Column("guardrails", String, nullable=False),  # ids that found something: `|pii-in|pii-out|`, or empty
+    Column("received_at", BigInteger, nullable=False),
+    Column("completed_at", BigInteger),
+    Column("prompt_tokens", BigInteger),
+    Column("completion_tokens", BigInteger),
+    Column("reserved_tokens", BigInteger),
+    Index("request_index_by_tenant", "tenant", "received_at", "request_id"),
+    Index("request_index_by_time", "received_at", "request_id"),
+    Index(
+        "request_index_open",
+        "writer",
+        sqlite_where=text("status = 'received'"),
+        postgresql_where=text("status = 'received'"),
+    ),
+)
+
+EVIDENCE = (leaf, leaf_number, tile, checkpoint, content)  # append-only, by the database's own hand

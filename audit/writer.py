@@ -1,0 +1,713 @@
+"""The writer: one thread, one connection, self-clocked group commit.
+
+    append ─▶ queue ─▶ take all that waits ─▶ number, chain, seal ─▶ data keys durable ─▶ one transaction ─▶ waiters
+
+There is no timer: while one batch is being made durable the next one gathers. When a waiter is resolved, what it
+appended survives a crash. Any error fails every waiter of the batch; nothing is acknowledged that is not durable, and
+a batch whose COMMIT was not answered is looked up before anything else is written.
+
+An I/O error from the disk ends the writer for good: after a failed fsync nobody knows what is on the disk.
+
+Owned by the thread: chains, open requests. Shared, under the condition: the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from audit.canonical import LeafError, canonical, leaf_hash
+from audit.content import DATA_KEY_BYTES, Random, SealedPart, seal, seal_transient
+from audit.database import Database
+from audit.identifier import NOISE_BYTES, uuid7
+from audit.index import closing_values, opening_row
+from audit.journal import part_name
+from audit.keys import Keyring
+from audit.keystore import KeyStore, KeyStoreError, WrappedKey
+from audit.leaf import FIRST_PREV, Leaf, PartCommitment
+from audit.ratchet import Ratchet, RatchetError
+from audit.records import CLOSING, Receipt, Record, RecordType, Segment
+from audit.sequencer import NewLeaf, mark_numbered, number, number_waiting, open_log, publish, unpublished
+from audit.tables import chain, content, head, journal, leaf, request_index, writer
+
+# LogError                  catch this
+# ├── LogUnavailable        not confirmed; the request it belongs to must not be answered
+# │   ├── LogDead           for good: the disk failed; the process must be looked at and restarted
+# │   ├── LogBusy           the bounded queue is full; try again later
+# │   └── DiskLow           below the low-water mark: nothing new is taken, what is open can still be closed
+# ├── RecordTooLarge        the leaf would exceed 65,535 bytes, or holds what a leaf cannot
+# └── AlreadyClosed         the request is not open: it was never received here, or has its closing record
+
+
+class LogError(Exception):
+    """The log refuses."""
+
+
+class LogUnavailable(LogError):
+    """The database did not confirm in time. The record may or may not be stored."""
+
+
+class LogDead(LogUnavailable):
+    """The disk failed under the log."""
+
+
+class LogBusy(LogUnavailable):
+    """The queue is full."""
+
+
+class DiskLow(LogUnavailable):
+    """There is too little disk left to take something new."""
+
+
+class RecordTooLarge(LogError):
+    """The record cannot be a leaf."""
+
+
+class AlreadyClosed(LogError):
+    """The request is not open."""
+
+
+MAX_BATCH_RECORDS = 512
+MAX_BATCH_BYTES = 4 << 20
+MAX_QUEUED = 16_384  # entries
+PUBLISH_EVERY_S = 0.5
+DISK_EVERY_S = 1.0
+LEASE_S = 30.0
+RETRIES = 3  # reconnections after a lost answer
+RETRY_PAUSE_S = 0.2
+
+Within = Callable[[Connection], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """Something queued, and who waits for it."""
+
+    loop: asyncio.AbstractEventLoop | None
+    future: asyncio.Future[Any] | None
+    record: Record | None = None
+    within: Within | None = None
+    segment: Segment | None = None
+    result: Any = None
+    error: BaseException | None = None
+    done: threading.Event | None = None
+
+    @property
+    def size(self) -> int:
+        if self.segment is not None:
+            return len(self.segment.data)
+        assert self.record is not None
+        return sum(map(len, self.record.parts.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """The end of this writer's chain in one log."""
+
+    next_seq: int
+    prev: str
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenRequest:
+    """A request that was received and has no closing record yet."""
+
+    key_id: str
+    data_key: bytes = field(repr=False)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Rows to be written in one transaction, and the state that will hold once they are durable."""
+
+    chains: dict[str, _Link]
+    opened: dict[str, _OpenRequest]
+    closed: set[str] = field(default_factory=set)
+    new_logs: dict[str, str] = field(default_factory=dict)  # log → tenant
+    keys: list[WrappedKey] = field(default_factory=list)
+    leaves: list[dict[str, Any]] = field(default_factory=list)
+    contents: list[dict[str, Any]] = field(default_factory=list)
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    openings: list[dict[str, Any]] = field(default_factory=list)
+    closings: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Writer:
+    """The thread and its queue. `start` it once; `close` waits until all that is queued is durable."""
+
+    def __init__(
+        self,
+        database: Database,
+        keyring: Keyring,
+        keystore: KeyStore,
+        ratchet: Ratchet,
+        origin: Callable[[str], str],
+        *,
+        low_water_bytes: int,
+        now: Callable[[], float] = time.time,
+        random: Random = os.urandom,
+        on_new_log: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._database = database
+        self._keyring = keyring
+        self._keystore = keystore
+        self._ratchet = ratchet
+        self._origin = origin
+        self._low_water_bytes = low_water_bytes
+        self._now = now
+        self._random = random
+        self._on_new_log = on_new_log
+        self.id = random(8).hex()
+        self._queue: deque[_Entry] = deque()
+        self._condition = threading.Condition()
+        self._closing = False
+        self._chains: dict[str, _Link] = {}
+        self._open: dict[str, _OpenRequest] = {}
+        self._logs: set[str] = set()
+        self._uncertain = False  # a batch failed: look what is stored before writing on
+        self._dirty = False  # leaves were appended since the last checkpoint
+        self._published_at = 0.0
+        self._leased_at = 0.0
+        self._disk_checked_at = 0.0
+        self.disk_low = False
+        self.dead: str | None = None
+        self.last_commit: float | None = None
+        self._thread = threading.Thread(target=self._run, name="audit-writer", daemon=True)
+
+    # --- the callers' side: any thread ---
+
+    def start(self) -> None:
+        with self._database.writer.begin() as connection:
+            self._logs = set(connection.execute(select(head.c.log)).scalars())
+            moment = _us(self._now())
+            connection.execute(
+                insert(writer).values(id=self.id, started=moment, lease_until=moment + _us(LEASE_S), ended=None)
+            )
+        self._leased_at = time.monotonic()
+        self._thread.start()
+
+    def submit(self, entry: _Entry) -> None:
+        """Queue an entry. Raises LogUnavailable and its kinds; then nothing was queued."""
+        with self._condition:
+            if self.dead is not None:
+                raise LogDead(self.dead)
+            if self._closing:
+                raise LogUnavailable("the log is closed")
+            if len(self._queue) >= MAX_QUEUED:
+                raise LogBusy("too many records wait to be written; try again later")
+            if self.disk_low and entry.record is not None and entry.record.type is RecordType.REQUEST_RECEIVED:
+                raise DiskLow("the disk of the log is nearly full; free space, nothing new is taken until then")
+            self._queue.append(entry)
+            self._condition.notify()
+
+    async def append(self, record: Record, within: Within | None = None) -> Receipt:
+        loop = asyncio.get_running_loop()
+        entry = _Entry(loop, loop.create_future(), record=record, within=within)
+        self.submit(entry)
+        assert entry.future is not None
+        receipt: Receipt = await entry.future
+        return receipt
+
+    async def journal(self, segment: Segment) -> None:
+        loop = asyncio.get_running_loop()
+        entry = _Entry(loop, loop.create_future(), segment=segment)
+        self.submit(entry)
+        assert entry.future is not None
+        await entry.future
+
+    def append_unattended(self, record: Record) -> None:
+        """Queue a record that nobody waits for. A refusal of the record itself goes unheard."""
+        self.submit(_Entry(None, None, record=record))
+
+    def append_blocking(self, record: Record, within: Within | None = None) -> Receipt:
+        """Append from a thread without a loop: start-up and shut-down."""
+        entry = _Entry(None, None, record=record, within=within, done=threading.Event())
+        self.submit(entry)
+        assert entry.done is not None
+        entry.done.wait()
+        if entry.error is not None:
+            raise entry.error
+        receipt: Receipt = entry.result
+        return receipt
+
+    def queued(self) -> int:
+        return len(self._queue)
+
+    def close(self) -> None:
+        """Write what is queued, publish, and end the thread."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        try:
+            while (entries := self._take()) is not None:
+                if entries:
+                    self._write(entries)
+                self._housekeep()
+            self._end()
+        except BaseException as error:  # a bug of ours must not leave waiters hanging
+            self._die(f"the audit writer failed: {type(error).__name__}")
+            raise
+
+    def _take(self) -> list[_Entry] | None:
+        """Return what waits, up to one batch; an empty list when it is time to housekeep; None at the end.
+
+        An entry with `within` is a batch of its own: its failure is its own.
+        """
+        with self._condition:
+            if not self._queue and not self._closing:
+                self._condition.wait(PUBLISH_EVERY_S)
+            if not self._queue:
+                return None if self._closing else []
+            entries: list[_Entry] = []
+            size = 0
+            while self._queue and len(entries) < MAX_BATCH_RECORDS and size < MAX_BATCH_BYTES:
+                if self._queue[0].within is not None and entries:
+                    break
+                entry = self._queue.popleft()
+                entries.append(entry)
+                size += entry.size
+                if entry.within is not None:
+                    break
+            return entries
+
+    def _write(self, entries: list[_Entry]) -> None:
+        try:
+            if self._uncertain:
+                self._settle_uncertainty()
+            batch = _Batch(dict(self._chains), dict(self._open))
+            for entry in entries:
+                try:
+                    self._prepare(entry, batch)
+                except LogError as refused:
+                    entry.error = refused
+            within = entries[0].within if entries[0].error is None else None
+            self._commit(batch, within)
+        except (SQLAlchemyError, KeyStoreError, OSError, LogUnavailable) as error:
+            self._fail(entries, error)
+        except Exception as error:
+            if entries[0].within is None:
+                raise
+            entries[0].error = error  # what the caller's own statements raised: rolled back, nothing stored
+        self._resolve(entries)
+
+    # --- preparing: numbers, chains, commitments; nothing is written yet ---
+
+    def _prepare(self, entry: _Entry, batch: _Batch) -> None:
+        if entry.segment is not None:
+            self._prepare_segment(entry.segment, batch)
+            return
+        assert entry.record is not None
+        record = entry.record
+        log = self._origin(record.tenant)
+        if log not in self._logs and log not in batch.new_logs:
+            batch.new_logs[log] = record.tenant
+            self._prepare_record(Record(RecordType.LOG_OPENED, record.tenant, {"origin": log}), log, batch)
+        entry.result = self._prepare_record(record, log, batch)
+
+    def _prepare_record(self, record: Record, log: str, batch: _Batch) -> Receipt:
+        moment = self._now()
+        record_id = uuid7(int(moment * 1000), self._random(NOISE_BYTES))
+        request = self._request_of(record, record_id, batch)
+        parts = dict(record.parts)
+        if record.identities:
+            parts["identities"] = canonical(dict(record.identities))
+        sealed = {
+            name: seal(request.data_key, record.tenant, record_id, name, plaintext, self._random)
+            for name, plaintext in parts.items()
+        }
+        link = batch.chains.get(log, _Link(0, FIRST_PREV))
+        new = Leaf(
+            log=log,
+            writer=self.id,
+            writer_seq=link.next_seq,
+            prev=link.prev,
+            record=record_id,
+            type=record.type,
+            time=_iso(moment),
+            nonce=self._random(16).hex(),
+            body=record.body,
+            request=record.request_id,
+            parts=[PartCommitment(name, part.com.hex(), part.ct.hex()) for name, part in sealed.items()],
+            identities={
+                kind: self._keyring.pseudonym(record.tenant, kind, value) for kind, value in record.identities.items()
+            },
+        )
+        try:
+            encoded = new.encode()
+        except LeafError as error:
+            raise RecordTooLarge(str(error)) from error
+        digest = leaf_hash(encoded)
+        # From here on nothing fails: the batch takes the record whole.
+        self._take_key(record, record_id, request, batch)
+        batch.chains[log] = _Link(link.next_seq + 1, digest.hex())
+        self._take_rows(record, new, encoded, digest, sealed, request, _us(moment), batch)
+        return Receipt(log, self.id, link.next_seq, digest.hex())
+
+    def _request_of(self, record: Record, record_id: str, batch: _Batch) -> _OpenRequest:
+        """Return the data key to seal with: the request's, or a fresh one."""
+        if record.type in CLOSING:
+            assert record.request_id is not None
+            request = batch.opened.get(record.request_id)
+            if request is None or record.request_id in batch.closed:
+                raise AlreadyClosed("the request is not open here: it was closed, or never received")
+            return request
+        return _OpenRequest(record.request_id or record_id, self._random(DATA_KEY_BYTES))
+
+    def _take_key(self, record: Record, record_id: str, request: _OpenRequest, batch: _Batch) -> None:
+        if record.type in CLOSING:
+            assert record.request_id is not None
+            batch.closed.add(record.request_id)
+            return
+        if record.parts or record.identities or record.type is RecordType.REQUEST_RECEIVED:
+            key_id = request.key_id if record.type in _OPENS_KEY else record_id
+            request = replace(request, key_id=key_id)
+            wrapped = self._keyring.encryption.wrap(record.tenant, request.data_key)
+            batch.keys.append(WrappedKey(request.key_id, record.tenant, wrapped))
+        if record.type is RecordType.REQUEST_RECEIVED:
+            assert record.request_id is not None
+            batch.opened[record.request_id] = request
+
+    def _take_rows(
+        self,
+        record: Record,
+        new: Leaf,
+        encoded: bytes,
+        digest: bytes,
+        sealed: dict[str, SealedPart],
+        request: _OpenRequest,
+        moment: int,
+        batch: _Batch,
+    ) -> None:
+        batch.leaves.append(
+            {
+                "log": new.log,
+                "writer": new.writer,
+                "writer_seq": new.writer_seq,
+                "leaf_hash": digest,
+                "bytes": encoded,
+                "record_id": new.record,
+                "request_id": new.request,
+                "type": new.type.value,
+                "time": moment,
+            }
+        )
+        key_id = request.key_id if record.type in _OPENS_KEY or record.type in CLOSING else new.record
+        for name, part in sealed.items():
+            batch.contents.append(
+                {
+                    "record_id": new.record,
+                    "part": name,
+                    "log": new.log,
+                    "key_id": key_id,
+                    "nonce": part.nonce,
+                    "ciphertext": part.ciphertext,
+                }
+            )
+        if record.type in (RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED):
+            batch.openings.append(opening_row(new, record.tenant, key_id, moment))
+        elif record.type in CLOSING:
+            batch.closings.append(closing_values(new, moment))
+
+    def _prepare_segment(self, segment: Segment, batch: _Batch) -> None:
+        request = batch.opened.get(segment.request_id)
+        if request is None or segment.request_id in batch.closed:
+            raise AlreadyClosed("the request is not open here: it was closed, or never received")
+        part = part_name(segment.sequence)
+        sealed = seal_transient(request.data_key, segment.tenant, segment.request_id, part, segment.data, self._random)
+        batch.segments.append(
+            {
+                "request_id": segment.request_id,
+                "sequence": segment.sequence,
+                "choice": segment.choice,
+                "sealed": sealed,
+            }
+        )
+
+    # --- committing ---
+
+    def _commit(self, batch: _Batch, within: Within | None) -> None:
+        """Make the batch durable, or raise. Then this writer's state is the batch's."""
+        if batch.leaves or batch.segments:
+            self._keystore.put_many(batch.keys)
+            try:
+                self._transact(batch, within)
+            except DBAPIError as error:
+                if within is not None or not error.connection_invalidated:
+                    raise
+                self._commit_again(batch)  # the answer to COMMIT may be lost
+            self.last_commit = self._now()
+        self._chains = batch.chains
+        self._open = {key: value for key, value in batch.opened.items() if key not in batch.closed}
+        self._dirty = self._dirty or bool(batch.leaves)
+        if batch.new_logs:
+            self._logs |= batch.new_logs.keys()
+            self._on_new_log()
+
+    def _transact(self, batch: _Batch, within: Within | None) -> None:
+        with self._database.writer.begin() as connection:
+            if within is not None:
+                within(connection)
+            for log, tenant in batch.new_logs.items():
+                open_log(connection, log, tenant)
+            _insert(connection, leaf, batch.leaves)
+            _insert(connection, content, batch.contents)
+            _insert(connection, journal, batch.segments)
+            _insert(connection, request_index, batch.openings)
+            if batch.closings:
+                connection.execute(_CLOSE_INDEX, batch.closings)
+                connection.execute(_CLEAR_JOURNAL, [{"at_request": c["at_request"]} for c in batch.closings])
+            self._keep_chains(connection, batch.leaves)
+
+    def _keep_chains(self, connection: Connection, leaves: Sequence[dict[str, Any]]) -> None:
+        """Note how far the chains have come; on SQLite, number the leaves in the same breath."""
+        by_log: dict[str, list[dict[str, Any]]] = {}
+        for row in leaves:
+            by_log.setdefault(row["log"], []).append(row)
+        for log, rows in by_log.items():
+            appended = rows[-1]["writer_seq"] + 1
+            if rows[0]["writer_seq"] == 0:
+                connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=0))
+            else:
+                connection.execute(
+                    update(chain).where(chain.c.log == log, chain.c.writer == self.id).values(appended=appended)
+                )
+            if self._database.embedded:
+                number(connection, log, [NewLeaf(self.id, row["writer_seq"], row["leaf_hash"]) for row in rows])
+                mark_numbered(connection, log, self.id, appended)
+
+    def _commit_again(self, batch: _Batch) -> None:
+        """The connection broke: find out whether the batch is stored; if it is not, store the same bytes once."""
+        for _ in range(RETRIES):
+            time.sleep(RETRY_PAUSE_S)
+            try:
+                if not self._is_stored(batch):
+                    self._transact(batch, None)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+            else:
+                return
+        raise LogUnavailable("the database does not answer")
+
+    def _is_stored(self, batch: _Batch) -> bool:
+        """A batch is one transaction: its last row stands for all."""
+        with self._database.writer.begin() as connection:
+            if batch.leaves:
+                last = batch.leaves[-1]
+                found = connection.execute(select(leaf.c.leaf_hash).where(leaf.c.record_id == last["record_id"]))
+                return found.scalar_one_or_none() is not None
+            last = batch.segments[-1]
+            return (
+                connection.execute(
+                    select(journal.c.choice).where(
+                        journal.c.request_id == last["request_id"], journal.c.sequence == last["sequence"]
+                    )
+                ).scalar_one_or_none()
+                is not None
+            )
+
+    # --- failing ---
+
+    def _fail(self, entries: list[_Entry], error: Exception) -> None:
+        self._uncertain = True
+        if _disk_failed(error):
+            self._die("the disk failed under the log; check it, verify the log, then restart")
+        for entry in entries:
+            if entry.error is None:
+                entry.error = LogDead(self.dead) if self.dead is not None else _unavailable(error)
+
+    def _settle_uncertainty(self) -> None:
+        """After a failure: take up the chains as they are stored. Raises where the database still does not answer."""
+        with self._database.writer.begin() as connection:
+            self._chains = _stored_chains(connection, self.id)
+            self._logs = set(connection.execute(select(head.c.log)).scalars())
+            open_ids = connection.execute(
+                select(request_index.c.request_id, request_index.c.tenant).where(
+                    request_index.c.writer == self.id, request_index.c.status == "received"
+                )
+            ).all()
+        self._uncertain = False
+        self._close_strays([(request_id, tenant) for request_id, tenant in open_ids if request_id not in self._open])
+        self._open = {row[0]: self._open[row[0]] for row in open_ids if row[0] in self._open}
+
+    def _close_strays(self, strays: Iterable[tuple[str, str]]) -> None:
+        """Close requests that were stored although their caller was told that they were not: nothing was generated."""
+        for request_id, tenant in strays:
+            self.adopt(request_id, tenant)
+            body = {"reason": "not_confirmed"}
+            record = Record(RecordType.REQUEST_INTERRUPTED, tenant, body, request_id, {"output": b"[]"})
+            entry = _Entry(None, None, record=record)
+            batch = _Batch(dict(self._chains), dict(self._open))
+            self._prepare(entry, batch)
+            self._commit(batch, None)
+
+    def adopt(self, request_id: str, tenant: str) -> bytes:
+        """Take over an open request, of a writer that ended or our own; return its data key.
+
+        From outside the thread only at start-up, before anything is queued that could open a request.
+        """
+        data_key = self._keyring.encryption.unwrap(tenant, self._keystore.get(request_id).wrapped)
+        self._open[request_id] = _OpenRequest(request_id, data_key)
+        return data_key
+
+    def _die(self, why: str) -> None:
+        with self._condition:
+            self.dead = why
+            waiting, self._queue = list(self._queue), deque()
+        for entry in waiting:
+            entry.error = LogDead(why)
+        self._resolve(waiting)
+
+    def _resolve(self, entries: list[_Entry]) -> None:
+        """Wake the waiters: one call a loop, however many there are."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Entry]] = {}
+        for entry in entries:
+            if entry.done is not None:
+                entry.done.set()
+            if entry.loop is not None:
+                by_loop.setdefault(entry.loop, []).append(entry)
+        for loop, waiting in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_settle, waiting)
+
+    # --- between batches ---
+
+    def _housekeep(self) -> None:
+        now = time.monotonic()
+        if now - self._disk_checked_at >= DISK_EVERY_S:
+            self._disk_checked_at = now
+            free = self._database.disk_free()
+            self.disk_low = free is not None and free < self._low_water_bytes
+        if now - self._published_at >= PUBLISH_EVERY_S and (self._dirty or not self._database.embedded):
+            self._published_at = now
+            self._attempt(self._publish)
+        if now - self._leased_at >= LEASE_S / 3:
+            self._leased_at = now
+            self._attempt(self._renew_lease)
+
+    def _attempt(self, work: Callable[[], None]) -> None:
+        """Do what is repeated soon anyway; a failure is seen in `health` by its lag, a failed disk ends the writer."""
+        try:
+            work()
+        except (SQLAlchemyError, RatchetError, OSError) as error:
+            if _disk_failed(error) or isinstance(error, RatchetError):
+                self._die("the log and its ratchet cannot be kept; check the disk, verify the log, then restart")
+
+    def _publish(self) -> None:
+        if not self._database.embedded:
+            more = True
+            while more:
+                with self._database.writer.begin() as connection:
+                    more = number_waiting(connection)
+        with self._database.writer.begin() as connection:
+            due = unpublished(connection)
+            if due:
+                publish(connection, due, self._keyring.signer, self._ratchet, _us(self._now()))
+        self._dirty = False
+
+    def _renew_lease(self) -> None:
+        with self._database.writer.begin() as connection:
+            until = _us(self._now() + LEASE_S)
+            renewed = connection.execute(
+                update(writer).where(writer.c.id == self.id, writer.c.ended.is_(None)).values(lease_until=until)
+            )
+        if renewed.rowcount != 1:
+            self._die("this writer was fenced by another; restart the process")
+
+    def _end(self) -> None:
+        if self.dead is None:
+            self._attempt(self._publish)
+            self._attempt(self._end_lease)
+
+    def _end_lease(self) -> None:
+        with self._database.writer.begin() as connection:
+            connection.execute(update(writer).where(writer.c.id == self.id).values(ended=_us(self._now())))
+
+
+# Record types whose data key is stored under the request's id; others have one under their own record's.
+_OPENS_KEY = frozenset({RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED})
+
+_CLOSE_INDEX = (
+    update(request_index)
+    .where(request_index.c.request_id == bindparam("at_request"))
+    .values(
+        status=bindparam("status"),
+        code=bindparam("code"),
+        completed_at=bindparam("completed_at"),
+        completion_tokens=bindparam("completion_tokens"),
+        guardrails=request_index.c.guardrails + bindparam("more_guardrails"),
+    )
+)
+_CLEAR_JOURNAL = delete(journal).where(journal.c.request_id == bindparam("at_request"))
+
+
+def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        connection.execute(insert(table), rows)
+
+
+def _stored_chains(connection: Connection, writer_id: str) -> dict[str, _Link]:
+    last = (
+        select(leaf.c.log, func.max(leaf.c.writer_seq).label("seq"))
+        .join(chain, (chain.c.log == leaf.c.log) & (chain.c.writer == leaf.c.writer))
+        .where(leaf.c.writer == writer_id)
+        .group_by(leaf.c.log)
+        .subquery()
+    )
+    rows = connection.execute(
+        select(leaf.c.log, leaf.c.writer_seq, leaf.c.leaf_hash).join(
+            last, (leaf.c.log == last.c.log) & (leaf.c.writer == writer_id) & (leaf.c.writer_seq == last.c.seq)
+        )
+    ).all()
+    return {log: _Link(seq + 1, bytes(digest).hex()) for log, seq, digest in rows}
+
+
+def _settle(waiting: list[_Entry]) -> None:
+    for entry in waiting:
+        future = entry.future
+        if future is None or future.done():  # its caller gave up
+            continue
+        if entry.error is not None:
+            future.set_exception(entry.error)
+        else:
+            future.set_result(entry.result)
+
+
+def _unavailable(error: Exception) -> LogUnavailable:
+    if isinstance(error, LogUnavailable):
+        return error
+    unavailable = LogUnavailable("the database did not confirm")
+    unavailable.__cause__ = error
+    return unavailable
+
+
+def _disk_failed(error: BaseException) -> bool:
+    """Tell a disk that failed, after which nothing can be believed, from one that is full or a server that is away."""
+    original = getattr(error, "orig", None) or error.__cause__ or error
+    original = getattr(original, "orig", None) or original
+    name = getattr(original, "sqlite_errorname", "")
+    return name.startswith("SQLITE_IOERR") or name in ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1_000_000)
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(_us(moment) / 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
