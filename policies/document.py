@@ -1,0 +1,505 @@
+"""The policy document: YAML for authors, typed and frozen for us, canonical JSON for its identity.
+
+One complete example is policies/bundles/acme-bank.yaml; golden digests stand in tests/golden/policies/. A name that is
+referred to must be defined; a field that is not known is refused; every finding carries its path. A document alone is
+not yet a policy: `compose` joins it with the organisation's floor, and a tenant may only tighten.
+
+Knows no requests: evaluate.py decides. Source: policy.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from policies.decision import Action, LimitKind, Stage, StreamingMode
+from policies.guardrails.detectors import DETECTORS, longest_span
+
+MAX_DOCUMENT_BYTES = 1 << 20
+MAX_DEPTH = 16
+API_VERSION = "policy/v1"
+FLOOR_TENANT = "*"  # whose policy is every tenant's floor
+
+# PolicyInvalid    the document is refused; `findings` says where and why, all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    path: str  # e.g. `rules[2].with.limits`
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+class PolicyInvalid(ValueError):
+    """A document is refused."""
+
+    def __init__(self, findings: list[Finding]) -> None:
+        super().__init__("; ".join(map(str, findings)))
+        self.findings = findings
+
+
+def _decimal(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return Decimal(value)
+        except InvalidOperation as error:
+            raise ValueError('must be a decimal in quotes, such as "0.7"') from error
+    raise ValueError('must be a decimal in quotes, such as "0.7": a bare number has no one text')
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Role = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$")]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+DecimalText = Annotated[
+    Decimal,
+    BeforeValidator(_decimal),
+    PlainSerializer(lambda value: format(value.normalize(), "f"), return_type=str),
+]
+Period = Annotated[str, Field(pattern=r"^P[1-9][0-9]{0,4}[DMY]$")]
+Clock = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$")]
+Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
+WEEKDAYS: tuple[Weekday, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+
+# The actions of the gateway that a rule may name.
+ACTIONS = frozenset({"chat.completions", "completions"})
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+class Purpose(_Part):
+    id: Name
+    data_classes: tuple[Name, ...] = ()
+
+
+class Hours(_Part):
+    """Days and times in UTC; start inclusive, end exclusive; an end before the start runs past midnight."""
+
+    days: Annotated[tuple[Weekday, ...], Field(min_length=1)]
+    start: Clock
+    end: Clock
+
+
+class When(_Part):
+    """All conditions that are given must hold; each holds if any of its values does. An absent attribute never does."""
+
+    roles_any: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None
+    clients_any: Annotated[tuple[Role, ...], Field(min_length=1)] | None = None
+    actions_any: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    purposes_any: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    models_any: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    data_classes_any: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    source_cidrs: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    hours_utc: Hours | None = None
+
+
+class With(_Part):
+    """What an allow obliges to; each value names a section entry."""
+
+    limits: Name | None = None
+    guardrails: tuple[Name, ...] = ()
+    params: Name | None = None
+    record: Name | None = None
+
+
+class Rule(_Part):
+    id: Name
+    effect: Literal["allow", "deny"]
+    reason: Name | None = None
+    when: When = When()
+    with_: With = Field(default=With(), alias="with")
+
+
+class ModelEntry(_Part):
+    version: Digest
+    approval: Annotated[str, Field(min_length=1, max_length=128)]
+    expires: Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$")]
+
+
+class MaxTokens(_Part):
+    max: Annotated[int, Field(ge=1, le=1_000_000)]
+    default: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
+class MaxDecimal(_Part):
+    max: DecimalText
+
+
+class MaxChoices(_Part):
+    max: Annotated[int, Field(ge=1, le=16)]
+
+
+class Params(_Part):
+    max_output_tokens: MaxTokens | None = None
+    temperature: MaxDecimal | None = None
+    top_p: MaxDecimal | None = None
+    n: MaxChoices | None = None
+    on_excess: Literal["reject", "clamp"] = "reject"
+
+
+Count = Annotated[int, Field(ge=1, le=10**12)]
+
+
+class Buckets(_Part):
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    tokens_per_day: Count | None = None
+    concurrency: Count | None = None
+
+
+class Limits(_Part):
+    per_subject: Buckets = Buckets()
+    per_tenant: Buckets = Buckets()
+
+
+class Streaming(_Part):
+    mode: StreamingMode
+    hold_chars: Annotated[int, Field(ge=1, le=65_536)] | None = None
+
+
+class Guardrail(_Part):
+    detector: Name
+    stage: Stage
+    action: Action
+    entities: tuple[Name, ...] = ()
+    on_error: Literal["block"] = "block"
+    streaming: Streaming | None = None
+
+
+class RecordClass(_Part):
+    content: Literal["encrypted"]
+    retain: Period
+    hot: Period
+
+
+class Controls(_Part):
+    audit_unavailable: Literal["deny"] = "deny"
+
+
+class PolicyDocument(_Part):
+    api_version: Literal["policy/v1"]
+    tenant: Annotated[str, Field(pattern=r"^(\*|[a-z0-9][a-z0-9-]{0,62})$")]
+    name: Name
+    extends: Name | None = None
+    default: Literal["deny"]
+    purposes: tuple[Purpose, ...] = ()
+    rules: tuple[Rule, ...] = ()
+    models: dict[Name, ModelEntry] = {}
+    params: dict[Name, Params] = {}
+    limits: dict[Name, Limits] = {}
+    guardrails: dict[Name, Guardrail] = {}
+    records: dict[Name, RecordClass] = {}
+    controls: Controls = Controls()
+
+    def canonical(self) -> bytes:
+        """Return the document's one text: keys sorted, absent members left out, decimals as text."""
+        value = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+# --- reading ---
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML with one meaning: no anchors, aliases, tags or duplicate keys, bounded depth; scalars as JSON has them."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise PolicyInvalid([Finding(_line(event), "aliases are not allowed; write it out")])
+        if getattr(event, "anchor", None) is not None:
+            raise PolicyInvalid([Finding(_line(event), "anchors are not allowed; write it out")])
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise PolicyInvalid([Finding(_line(event), "tags are not allowed")])
+        self._depth = getattr(self, "_depth", 0) + 1
+        if self._depth > MAX_DEPTH:
+            raise PolicyInvalid([Finding(_line(event), f"nested deeper than {MAX_DEPTH}")])
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if not isinstance(key, str):
+                raise PolicyInvalid([Finding(_line(node), "a key must be a text")])
+            if key in keys[:position]:
+                raise PolicyInvalid(
+                    [Finding(f"line {node.value[position][0].start_mark.line + 1}", "a key is given twice")]
+                )
+        return super().construct_mapping(node, deep=True)
+
+
+# Only what JSON has: `on`, `yes`, dates, octals and sexagesimals stay text.
+_StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("tag:yaml.org,2002:bool", r"^(?:true|false)$", "tf"),
+    ("tag:yaml.org,2002:null", r"^(?:null|~|)$", ["n", "~", ""]),
+    ("tag:yaml.org,2002:int", r"^-?(?:0|[1-9][0-9]*)$", "-0123456789"),
+    ("tag:yaml.org,2002:float", r"^-?(?:0|[1-9][0-9]*)\.[0-9]+$", "-0123456789"),
+):
+    _StrictLoader.add_implicit_resolver(_tag, re.compile(_pattern), list(_first))
+
+
+def _line(mark: Any) -> str:
+    return f"line {mark.start_mark.line + 1}"
+
+
+def parse_policy(text: str) -> PolicyDocument:
+    """Read a document. JSON is YAML, so both come in here.
+
+    Raises:
+        PolicyInvalid: with every finding.
+    """
+    if len(text.encode("utf-8", "replace")) > MAX_DOCUMENT_BYTES:
+        raise PolicyInvalid([Finding("document", f"longer than {MAX_DOCUMENT_BYTES} bytes")])
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, and stricter
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}" if mark is not None else "document"
+        raise PolicyInvalid([Finding(where, "not well-formed YAML")]) from error
+    return read_document(value)
+
+
+def read_document(value: object) -> PolicyDocument:
+    """Check plain values, as YAML or JSON gave them. Raises PolicyInvalid."""
+    try:
+        document = PolicyDocument.model_validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise PolicyInvalid([_finding(one) for one in error.errors(include_url=False, include_input=False)]) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PolicyInvalid([Finding("document", "not a policy document")]) from error
+    findings = list(_check(document))
+    if findings:
+        raise PolicyInvalid(findings)
+    return document
+
+
+def _finding(error: Any) -> Finding:
+    path = ""
+    for step in error["loc"]:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+    return Finding(path or "document", str(error["msg"]))
+
+
+# --- checking: every name that is referred to is defined, every allow says who and which model ---
+
+
+def _check(document: PolicyDocument) -> Iterator[Finding]:
+    seen: set[str] = set()
+    for position, rule in enumerate(document.rules):
+        path = f"rules[{position}]"
+        if rule.id in seen:
+            yield Finding(f"{path}.id", f"`{rule.id}` is the id of another rule")
+        seen.add(rule.id)
+        yield from _check_rule(document, rule, path)
+    purposes = [purpose.id for purpose in document.purposes]
+    for position, purpose in enumerate(purposes):
+        if purpose in purposes[:position]:
+            yield Finding(f"purposes[{position}].id", f"`{purpose}` is defined twice")
+    for name, guardrail in document.guardrails.items():
+        yield from _check_guardrail(guardrail, f"guardrails.{name}")
+    for name, params in document.params.items():
+        tokens = params.max_output_tokens
+        if tokens is not None and tokens.default is not None and tokens.default > tokens.max:
+            yield Finding(f"params.{name}.max_output_tokens.default", "is above `max`")
+    for name, model in document.models.items():
+        if _date(model.expires) is None:
+            yield Finding(f"models.{name}.expires", "is not a date")
+
+
+def _check_rule(document: PolicyDocument, rule: Rule, path: str) -> Iterator[Finding]:
+    when = rule.when
+    if rule.effect == "allow" and not (when.roles_any or when.clients_any):
+        yield Finding(f"{path}.when", "an allow must say who: give `roles_any` or `clients_any`")
+    if rule.effect == "allow" and not when.models_any:
+        yield Finding(f"{path}.when", "an allow must say which model: give `models_any`")
+    if rule.effect == "deny" and rule.with_ != With():
+        yield Finding(f"{path}.with", "a deny has no obligations; leave `with` out")
+    for action in set(when.actions_any or ()) - ACTIONS:
+        yield Finding(
+            f"{path}.when.actions_any", f"`{action}` is not an action; there are {', '.join(sorted(ACTIONS))}"
+        )
+    for position, cidr in enumerate(when.source_cidrs or ()):
+        try:
+            ipaddress.ip_network(cidr)
+        except ValueError:
+            yield Finding(f"{path}.when.source_cidrs[{position}]", "is not a network, such as `10.20.0.0/16`")
+    if when.hours_utc is not None and when.hours_utc.start == when.hours_utc.end:
+        yield Finding(f"{path}.when.hours_utc", "`start` and `end` are the same; leave the hours out for all day")
+    defined: list[tuple[str, tuple[str, ...], object]] = [
+        ("when.purposes_any", when.purposes_any or (), {purpose.id for purpose in document.purposes}),
+        ("when.models_any", when.models_any or (), document.models),
+        ("with.guardrails", rule.with_.guardrails, document.guardrails),
+        ("with.limits", (rule.with_.limits,) if rule.with_.limits else (), document.limits),
+        ("with.params", (rule.with_.params,) if rule.with_.params else (), document.params),
+        ("with.record", (rule.with_.record,) if rule.with_.record else (), document.records),
+    ]
+    for where, names, known in defined:
+        for name in names:
+            if name not in known:  # type: ignore[operator]
+                yield Finding(f"{path}.{where}", f"`{name}` is not defined")
+
+
+def _check_guardrail(guardrail: Guardrail, path: str) -> Iterator[Finding]:
+    detector = DETECTORS.get(guardrail.detector)
+    if detector is None:
+        yield Finding(f"{path}.detector", f"`{guardrail.detector}` is not a detector; there are {', '.join(DETECTORS)}")
+        return
+    for entity in set(guardrail.entities) - detector.entities:
+        yield Finding(f"{path}.entities", f"`{entity}` is not one that `{guardrail.detector}` finds")
+    if guardrail.stage is Stage.INPUT:
+        if guardrail.streaming is not None:
+            yield Finding(f"{path}.streaming", "an input guardrail does not stream; leave it out")
+        return
+    if guardrail.action is Action.FLAG:
+        return
+    if guardrail.streaming is None:
+        yield Finding(f"{path}.streaming", "an enforcing output guardrail says `window` or `hold_all`")
+        return
+    if guardrail.streaming.mode is StreamingMode.WINDOW:
+        needed = longest_span(guardrail.detector, guardrail.entities)
+        if needed is None:
+            yield Finding(f"{path}.streaming.mode", "the detector's matches have no longest length: use `hold_all`")
+        elif (guardrail.streaming.hold_chars or 0) < needed:
+            yield Finding(f"{path}.streaming.hold_chars", f"must be at least {needed}: the longest that it can match")
+
+
+def warnings(document: PolicyDocument, today: date) -> list[Finding]:
+    """Return what is allowed and probably not meant: a deny that can never match, an approval that has expired."""
+    found = []
+    classes = {name for purpose in document.purposes for name in purpose.data_classes}
+    for position, rule in enumerate(document.rules):
+        wanted = set(rule.when.data_classes_any or ())
+        if wanted and not wanted & classes:
+            found.append(Finding(f"rules[{position}].when.data_classes_any", "no purpose has these data classes: the "
+                                 "rule can never match"))  # fmt: skip
+    for name, model in document.models.items():
+        expires = _date(model.expires)
+        if expires is not None and expires < today:
+            found.append(Finding(f"models.{name}.expires", "the approval has expired: the model is denied"))
+    return found
+
+
+def _date(text: str) -> date | None:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+# --- composing: organisation floor ∘ tenant ---
+
+
+@dataclass(frozen=True)
+class EffectivePolicy:
+    """What decides: a tenant's document under the organisation's floor. Its digest is its identity."""
+
+    floor: PolicyDocument | None
+    document: PolicyDocument
+    warnings: tuple[Finding, ...] = field(default=(), compare=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """`sha256:<64 hex>` of the canonical JSON of both."""
+        floor = self.floor.canonical() if self.floor is not None else b"null"
+        joined = b'{"document":' + self.document.canonical() + b',"floor":' + floor + b"}"
+        return "sha256:" + hashlib.sha256(joined).hexdigest()
+
+    @property
+    def tenant(self) -> str:
+        return self.document.tenant
+
+    @property
+    def models(self) -> Mapping[str, ModelEntry]:
+        return self.document.models
+
+
+def compose(floor: PolicyDocument | None, document: PolicyDocument) -> EffectivePolicy:
+    """Join a tenant's document with the floor. The floor's denies and obligations hold for every request as well.
+
+    A tenant may only tighten: where it says something about a limit, a parameter or a record class that the floor
+    names too, it may not say more.
+
+    Raises:
+        PolicyInvalid: it loosens; each finding carries the path of the offence.
+    """
+    findings = [] if floor is None else list(_loosenings(floor, document))
+    if floor is None and document.extends is not None:
+        findings.append(Finding("extends", f"there is no floor `{document.extends}`"))
+    if floor is not None and document.extends is not None and document.extends != floor.name:
+        findings.append(Finding("extends", f"the floor is `{floor.name}`"))
+    if findings:
+        raise PolicyInvalid(findings)
+    return EffectivePolicy(floor, document)
+
+
+def _loosenings(floor: PolicyDocument, document: PolicyDocument) -> Iterator[Finding]:
+    for name, params in document.params.items():
+        for own in floor.params.values():
+            yield from _more_params(params, own, f"params.{name}")
+    for name, limits in document.limits.items():
+        for bound in floor.limits.values():
+            for scope in ("per_subject", "per_tenant"):
+                yield from _more_buckets(getattr(limits, scope), getattr(bound, scope), f"limits.{name}.{scope}")
+    for name in document.guardrails.keys() & floor.guardrails.keys():
+        if document.guardrails[name] != floor.guardrails[name]:
+            yield Finding(f"guardrails.{name}", "the floor defines it; leave it out, it holds anyway")
+    for name, record in document.records.items():
+        for kept in floor.records.values():
+            if period_days(record.retain) < period_days(kept.retain):
+                yield Finding(f"records.{name}.retain", f"is shorter than the floor's {kept.retain}")
+
+
+def _more_params(params: Params, own: Params, path: str) -> Iterator[Finding]:
+    for member in ("max_output_tokens", "temperature", "top_p", "n"):
+        mine, floors = getattr(params, member), getattr(own, member)
+        if mine is not None and floors is not None and mine.max > floors.max:
+            yield Finding(f"{path}.{member}.max", f"is above the floor's {floors.max}")
+
+
+def _more_buckets(buckets: Buckets, bound: Buckets, path: str) -> Iterator[Finding]:
+    for kind in LimitKind:
+        mine, floors = getattr(buckets, kind.value), getattr(bound, kind.value)
+        if mine is not None and floors is not None and mine > floors:
+            yield Finding(f"{path}.{kind.value}", f"is above the floor's {floors}")
+
+
+def check_floor(floor: PolicyDocument) -> None:
+    """Raise PolicyInvalid unless the document can be a floor: it forbids and obliges, it allows nothing by itself."""
+    findings = [
+        Finding(f"rules[{position}].effect", "a floor's rules are denies")
+        for position, rule in enumerate(floor.rules)
+        if rule.effect == "allow"
+    ]
+    if floor.models:
+        findings.append(Finding("models", "models are approved for tenants, not in the floor"))
+    if floor.extends is not None:
+        findings.append(Finding("extends", "a floor extends nothing"))
+    if findings:
+        raise PolicyInvalid(findings)
+
+
+def period_days(period: str) -> int:
+    """Return the days of `P90D`, `P6M` (30 days a month) or `P7Y` (365 a year)."""
+    return int(period[1:-1]) * {"D": 1, "M": 30, "Y": 365}[period[-1]]
+
+
+def clock_time(text: str) -> time:
+    return time.fromisoformat(text)

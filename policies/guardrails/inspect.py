@@ -1,0 +1,209 @@
+"""Inspection: guardrails over a prompt at once, and over an answer while it streams.
+
+Streaming keeps one rule: *delivered ≤ scanned*. The last `hold_chars` characters are held, because a match may still
+begin or end in them. Every finder is local (pattern.py): once `longest` characters after a start are known, what
+starts there is final. So the released text is the same however the answer was cut into chunks, and a number that is
+split over any two of them never leaves.
+
+Matches that overlap are one finding with one marker. "Not run" is never "passed": an answer that ends early was
+scanned as far as it goes, and says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from policies.decision import Action, GuardrailSpec, Stage, StreamingMode
+from policies.guardrails.detectors import longest_span, prefilter
+from policies.guardrails.fold import fold
+
+
+class Outcome(StrEnum):
+    PASSED = "passed"
+    FLAGGED = "flagged"
+    REDACTED = "redacted"
+    BLOCKED = "blocked"
+    ERROR = "error"  # the detector failed: it blocks
+    NOT_RUN = "not_run"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    guardrail: str
+    detector: str
+    stage: Stage
+    action: Action
+    outcome: Outcome
+    counts: Mapping[str, int]  # entity → findings
+
+
+@dataclass(frozen=True, slots=True)
+class InputInspection:
+    text: str  # for the model
+    verdicts: tuple[Verdict, ...]
+    blocked_by: str | None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Span:
+    start: int
+    end: int
+    entity: str
+    guardrail: int  # position among the specs
+
+
+_OUTCOMES = {Action.BLOCK: Outcome.BLOCKED, Action.REDACT: Outcome.REDACTED, Action.FLAG: Outcome.FLAGGED}
+
+
+def inspect_input(text: str, specs: Sequence[GuardrailSpec]) -> InputInspection:
+    """Return what the model may see of `text`, as rendered by the chat template, under the input guardrails."""
+    own = [spec for spec in specs if spec.stage is Stage.INPUT]
+    spans: list[_Span] = []
+    failed: set[int] = set()
+    for position, spec in enumerate(own):
+        try:
+            spans += _spans(text, spec, position)
+        except Exception:  # fail closed, whatever a library does: the verdict says `error`, and it blocks
+            failed.add(position)
+    verdicts = tuple(_verdict(spec, _counts(spans, at), at in failed) for at, spec in enumerate(own))
+    blocked = next((v.guardrail for v in verdicts if v.outcome in (Outcome.BLOCKED, Outcome.ERROR)), None)
+    redacted = [span for span in spans if own[span.guardrail].action is Action.REDACT]
+    return InputInspection(_redact(text, _merge(redacted)), verdicts, blocked)
+
+
+class OutputInspector:
+    """One choice's output guardrails. Text goes in as it is generated; what may leave comes out."""
+
+    def __init__(self, specs: Iterable[GuardrailSpec]) -> None:
+        self._specs = [spec for spec in specs if spec.stage is Stage.OUTPUT]
+        self._hold_all = any(spec.mode is StreamingMode.HOLD_ALL for spec in self._specs)
+        self._hold = max((_hold(spec) for spec in self._specs), default=0)
+        self._context = ""  # the last released characters: what a finder looks at before a start
+        self._held = ""
+        self._counts: list[Counter[str]] = [Counter() for _ in self._specs]
+        self._failed: set[int] = set()
+        self._finished = False
+        self.halted_by: str | None = None
+
+    def push(self, text: str) -> str:
+        """Take newly generated text and return what may be released now; nothing, once halted."""
+        if not self._specs:
+            return text
+        if self.halted_by is not None:
+            return ""
+        self._held += text
+        return self._release(0 if self._hold_all else self._final())
+
+    def finish(self) -> str:
+        """No more text will come: everything is final. Return the rest that may be released."""
+        self._finished = True
+        if not self._specs or self.halted_by is not None:
+            return ""
+        return self._release(len(self._held))
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(
+            _verdict(spec, self._counts[at], at in self._failed, ran=self._finished or self.halted_by is not None)
+            for at, spec in enumerate(self._specs)
+        )
+
+    def _final(self) -> int:
+        """Return the position before which no match can still grow. Characters that fold to nothing do not count."""
+        folded = fold(self._held)
+        settled = len(folded.text) - self._hold
+        if folded.origins is None or settled <= 0:
+            return settled
+        return folded.origins[settled]
+
+    def _release(self, final: int) -> str:
+        """Release the held text before `final`, or before the first finding that reaches over it."""
+        spans = self._scan()
+        for span in spans:
+            if self._specs[span.guardrail].action is Action.BLOCK:
+                self._halt(span)
+                return ""
+        if self.halted_by is not None or final <= 0:
+            return ""
+        clusters = _merge(spans)
+        cut = min([final, *(first.start for first, end in clusters if first.start < final < end)])
+        passed = [span for span in spans if span.start < cut]
+        self._count(passed)
+        redacted = [span for span in passed if self._specs[span.guardrail].action is Action.REDACT]
+        released = _redact(self._held[:cut], _merge(redacted))
+        self._context = (self._context + self._held[:cut])[-self._hold :]
+        self._held = self._held[cut:]
+        return released
+
+    def _scan(self) -> list[_Span]:
+        """Return the findings that start in the held text, in its positions."""
+        known = len(self._context)
+        spans: list[_Span] = []
+        for position, spec in enumerate(self._specs):
+            try:
+                spans += _spans(self._context + self._held, spec, position)
+            except Exception:  # fail closed, as above
+                self._failed.add(position)
+                self.halted_by = self.halted_by or spec.id
+                self._held = ""
+        return [_Span(s.start - known, s.end - known, s.entity, s.guardrail) for s in spans if s.start >= known]
+
+    def _halt(self, span: _Span) -> None:
+        self._count([span])
+        self.halted_by = self._specs[span.guardrail].id
+        self._held = ""
+
+    def _count(self, spans: Iterable[_Span]) -> None:
+        for span in spans:
+            self._counts[span.guardrail][span.entity] += 1
+
+
+def _hold(spec: GuardrailSpec) -> int:
+    """Return how much is held: what the policy says, and never less than the longest match."""
+    return max(spec.hold_chars, longest_span(spec.detector, spec.entities) or 0)
+
+
+def _spans(text: str, spec: GuardrailSpec, position: int) -> list[_Span]:
+    folded = fold(text)
+    return [
+        _Span(*folded.original_span(start, end), entity.name, position)
+        for entity in prefilter(spec.detector, spec.entities).candidates(folded.text)
+        for start, end in entity.find(folded.text)
+    ]
+
+
+def _merge(spans: Iterable[_Span]) -> list[tuple[_Span, int]]:
+    """Join overlapping spans: (the first of each, where the last of each ends), in order."""
+    merged: list[tuple[_Span, int]] = []
+    for span in sorted(spans, key=lambda s: (s.start, -s.end, s.entity)):
+        if merged and span.start < merged[-1][1]:
+            first, end = merged[-1]
+            merged[-1] = (first, max(end, span.end))
+        else:
+            merged.append((span, span.end))
+    return merged
+
+
+def _redact(text: str, clusters: Iterable[tuple[_Span, int]]) -> str:
+    pieces: list[str] = []
+    at = 0
+    for first, end in clusters:
+        pieces += (text[at : first.start], f"[{first.entity.upper()}]")
+        at = end
+    return "".join([*pieces, text[at:]])
+
+
+def _counts(spans: Iterable[_Span], position: int) -> Counter[str]:
+    return Counter(span.entity for span in spans if span.guardrail == position)
+
+
+def _verdict(spec: GuardrailSpec, counts: Mapping[str, int], failed: bool, *, ran: bool = True) -> Verdict:
+    if failed:
+        outcome = Outcome.ERROR
+    elif counts:
+        outcome = _OUTCOMES[spec.action]
+    else:
+        outcome = Outcome.PASSED if ran else Outcome.NOT_RUN
+    return Verdict(spec.id, spec.detector, spec.stage, spec.action, outcome, dict(counts))

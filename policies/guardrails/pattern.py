@@ -1,0 +1,79 @@
+"""Entities: what a detector looks for, each with a local finder and a longest span.
+
+A finder is *local*: whether text[s:e] is a match depends on at most one character before s and `longest` after it.
+That makes streaming exact: once `longest` characters after s are known, the matches that start at s are final,
+whatever comes later (inspect.py).
+
+Matching is linear: RE2 only. Where Hyperscan is installed it says first, in one pass over all entities, which of them
+can occur at all; what it lets pass is decided by the same finders, so the answers are the same with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import re2
+
+try:
+    import hyperscan
+except ImportError:  # not built for this machine: RE2 alone, slower
+    hyperscan = None  # type: ignore[assignment]
+
+Finder = Callable[[str], Iterator[tuple[int, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    name: str  # `[a-z0-9_]+`
+    trigger: str  # a pattern that occurs in every text in which `find` finds something; RE2 and Hyperscan syntax
+    find: Finder  # folded text → spans
+    longest: int  # characters of folded text that a match spans at most
+
+
+def pattern_finder(pattern: str, accept: Callable[[str], bool] = lambda match: True) -> Finder:
+    """Return a finder for a pattern that begins at a boundary of its own, such as a fixed prefix."""
+    compiled = re2.compile(pattern)
+
+    def find(text: str) -> Iterator[tuple[int, int]]:
+        for match in compiled.finditer(text):
+            if accept(match.group()):
+                yield match.span()
+
+    return find
+
+
+class Prefilter:
+    """Which entities may occur in a text. Never says no where a finder would find something."""
+
+    def __init__(self, entities: Sequence[Entity], *, use_hyperscan: bool = True) -> None:
+        self._entities = tuple(entities)
+        self._triggers = [re2.compile(entity.trigger) for entity in entities]
+        self._database = _compile(entities) if use_hyperscan and hyperscan is not None else None
+
+    def candidates(self, text: str) -> list[Entity]:
+        if self._database is None:
+            return [
+                entity
+                for entity, trigger in zip(self._entities, self._triggers, strict=True)
+                if trigger.search(text) is not None
+            ]
+        seen: set[int] = set()
+
+        def on_match(index: int, _start: int, _end: int, _flags: int, _context: object) -> None:
+            seen.add(index)
+
+        self._database.scan(text.encode("utf-8", "replace"), match_event_handler=on_match)
+        return [self._entities[index] for index in sorted(seen)]
+
+
+def _compile(entities: Sequence[Entity]) -> Any:
+    database = hyperscan.Database()
+    database.compile(
+        expressions=[entity.trigger.encode() for entity in entities],
+        ids=list(range(len(entities))),
+        elements=len(entities),
+        flags=[hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_DOTALL] * len(entities),
+    )
+    return database
