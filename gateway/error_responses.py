@@ -38,11 +38,14 @@ _diagnostics = logging.getLogger("probity.errors")
 # Messages of pydantic that are made of what the schema says, never of what was sent. Any other becomes "is not valid".
 # `value_error` is here because validators of our schemas raise it with constant text.
 _SAFE_KINDS = frozenset(
-    ["missing", "extra_forbidden", "value_error", "literal_error", "enum", "finite_number", "multiple_of"]
-    + ["string_type", "int_type", "int_from_float", "float_type", "bool_type", "list_type", "dict_type", "tuple_type"]
-    + ["decimal_type", "model_type", "model_attributes_type"]
-    + ["greater_than", "greater_than_equal", "less_than", "less_than_equal"]
-    + ["too_long", "too_short", "string_too_long", "string_too_short"]
+    {
+        *("missing", "extra_forbidden", "value_error", "literal_error", "enum", "finite_number", "multiple_of"),
+        *("string_type", "int_type", "int_from_float", "float_type", "bool_type", "list_type", "dict_type"),
+        *("tuple_type", "decimal_type", "model_type", "model_attributes_type"),
+        *("int_parsing", "float_parsing", "bool_parsing", "decimal_parsing"),
+        *("greater_than", "greater_than_equal", "less_than", "less_than_equal"),
+        *("too_long", "too_short", "string_too_long", "string_too_short"),
+    }
 )
 
 
