@@ -94,6 +94,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_unforeseen)
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
@@ -129,6 +130,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     return render(internal_error(), request.url.path)
 
 
+async def _on_unforeseen(request: Request, _: Exception) -> Response:
+    """The framework raises the exception again after this answer; `Containment` notes it there."""
+    return render(internal_error(), request.url.path)
+
+
 class Containment:
     """Pure ASGI, outermost: an unexpected exception becomes a 500 that says nothing, and is noted without its message.
 
@@ -142,24 +148,24 @@ class Containment:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
+        begun = ended = False
 
         async def watched_send(message: Message) -> None:
-            nonlocal begun
-            begun = True
+            nonlocal begun, ended
             await send(message)
+            begun = True
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self._app(scope, receive, watched_send)
-        except ApiError as error:
-            if begun:
-                raise ResponseBroken from None
-            await render(error, scope["path"])(scope, receive, send)
         except Exception as error:
-            note_failure("request_failed", error)
-            if begun:
+            if not isinstance(error, ApiError):
+                note_failure("request_failed", error)
+            if begun and not ended:
                 raise ResponseBroken from None
-            await render(internal_error(), scope["path"])(scope, receive, send)
+            if not begun:
+                answer = error if isinstance(error, ApiError) else internal_error()
+                await render(answer, scope["path"])(scope, receive, send)
 
 
 def note_failure(event: str, error: BaseException) -> None:

@@ -40,7 +40,8 @@ def test_every_bad_value_is_named_at_once(tmp_path: Path) -> None:
         tmp_path,
         "colour = 1\ntelemetry = 3\n[server]\nport = '8080'\nhost = 'a b'\nprot = 1\nmax_body_bytes = true\n"
         "[engine]\nthreads = 0\n[database]\nurl = 'mysql://root:hunter2@h/d'\n[audit]\nappend_timeout_s = nan\n"
-        "[[issuers]]\niss = 'x'\n[[issuers]]\njwks_file='k'\n[[issuers]]\niss='y'\njwks_file='k'\nalgorithms=['HS256']\n",
+        "[[issuers]]\niss = 'x'\n[[issuers]]\njwks_file='k'\n"
+        "[[issuers]]\niss='y'\njwks_file='k'\nalgorithms=['HS256']\n",
     )
     with pytest.raises(SettingsError) as caught:
         load_settings(config, {"PROBITY_LIMITS_MAX_GOVERNED": "many", "PROBITY_NO_SUCH": "1"})
