@@ -36,10 +36,10 @@ _diagnostics = logging.getLogger("probity.errors")
 # --- validation, without an echo ---
 
 # Messages of pydantic that are made of what the schema says, never of what was sent. Any other becomes "is not valid".
-# `value_error` is here because validators of our schemas raise it with constant text.
+# A `value_error` comes from a validator of our schemas, whose text is constant and may carry the field as `name`.
 _SAFE_KINDS = frozenset(
     {
-        *("missing", "extra_forbidden", "value_error", "literal_error", "enum", "finite_number", "multiple_of"),
+        *("missing", "extra_forbidden", "literal_error", "enum", "finite_number", "multiple_of"),
         *("string_type", "int_type", "int_from_float", "float_type", "bool_type", "list_type", "dict_type"),
         *("tuple_type", "decimal_type", "model_type", "model_attributes_type"),
         *("int_parsing", "float_parsing", "bool_parsing", "decimal_parsing"),
@@ -71,6 +71,9 @@ def _invalid(problems: Iterable[Mapping[str, Any]], declared: frozenset[str]) ->
     if problem["type"] == "extra_forbidden":
         where = f"in {subject}" if param else "in the body"
         return invalid_request(f"an unknown field stands {where}; leave it out", param=param)
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ValueError) and problem["type"] == "value_error":
+        return invalid_request(str(cause), param=getattr(cause, "name", None) or param)
     message = problem["msg"] if problem["type"] in _SAFE_KINDS else "is not valid"
     return invalid_request(f"{subject}: {message[:1].lower()}{message[1:]}", param=param)
 

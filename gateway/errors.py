@@ -121,6 +121,13 @@ def not_found() -> ApiError:
     return ApiError(404, "not_found", "invalid_request_error", "there is nothing here")
 
 
+def receipt_not_found() -> ApiError:
+    """No such request, or not the caller's own: one answer."""
+    return ApiError(
+        404, "receipt_not_found", "invalid_request_error", "you have no request of this id", param="request_id"
+    )
+
+
 def method_not_allowed() -> ApiError:
     return ApiError(405, "method_not_allowed", "invalid_request_error", "the method is not allowed here")
 

@@ -1,7 +1,7 @@
 """What a role may do, declared on the route that does it.
 
-    @router.post("/v1/chat/completions")
-    async def chat(request: Request, principal: Annotated[Principal, Depends(requires(Permission.INFER))]) -> …
+    @router.post("/v1/chat/completions", dependencies=[requires(Permission.INFER)])
+    async def chat_completions(request: Request) -> Response: …
 
 The check runs where it is declared, on the route that the framework matched. Nothing here looks at a path to decide
 what is allowed, but for the list of public routes, which is derived from the declarations (see `public_paths`).
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute, iter_route_contexts
 from starlette.requests import Request
 
@@ -93,14 +93,17 @@ class PublicRequirement:
         return None
 
 
-public = PublicRequirement()
+PUBLIC: Any = Depends(PublicRequirement())  # what a public route declares
 
 
-def requires(permission: Permission) -> Requirement:
-    """Return the dependency that a route declares. Raises: ValueError for PUBLIC: declare `public` instead."""
+def requires(permission: Permission) -> Any:
+    """Return what a route, or a router for all of its routes, lists among its dependencies.
+
+    Raises: ValueError for `Permission.PUBLIC`: declare `PUBLIC` instead.
+    """
     if permission is Permission.PUBLIC:
-        raise ValueError("a public route declares `public`")
-    return Requirement(permission)
+        raise ValueError("a public route declares `PUBLIC`")
+    return Depends(Requirement(permission))
 
 
 # --- tenants ---

@@ -36,9 +36,8 @@ def machine() -> str:
 
 def report(name: str, rounds_us: list[float]) -> None:
     rounds_us.sort()
-    print(
-        f"{name:<34} p50 {statistics.median(rounds_us):7.1f} µs   best {rounds_us[0]:7.1f} µs   worst {rounds_us[-1]:7.1f} µs"
-    )
+    middle, best, worst = statistics.median(rounds_us), rounds_us[0], rounds_us[-1]
+    print(f"{name:<34} p50 {middle:7.1f} µs   best {best:7.1f} µs   worst {worst:7.1f} µs")
 
 
 async def check(name: str, token: str) -> None:
