@@ -1,0 +1,85 @@
+"""How long the check of one credential takes: `python -m tests.benchmarks.bench_credential`.
+
+Everything is measured that a request pays: header, caps, strict JSON, key, signature, claims. Nothing is cached between
+checks but the keys. The bare signature is shown beside it: the rest is ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, padding
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+
+from tests.support.credentials import credential, ec_key, es256, es_credential, rs256, rsa_key, verifier
+
+ROUNDS = 40
+CHECKS = 100  # a round
+MESSAGE = b"x" * 400
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            model = next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def report(name: str, rounds_us: list[float]) -> None:
+    rounds_us.sort()
+    middle, best, worst = statistics.median(rounds_us), rounds_us[0], rounds_us[-1]
+    print(f"{name:<34} p50 {middle:7.1f} µs   best {best:7.1f} µs   worst {worst:7.1f} µs")
+
+
+async def check(name: str, token: str) -> None:
+    by, data = verifier(), token.encode()
+    await by.verify(data)
+    rounds_us = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(CHECKS):
+            await by.verify(data)
+        rounds_us.append((time.perf_counter() - start) / CHECKS * 1e6)
+    report(name, rounds_us)
+
+
+def bare(name: str, verify: Callable[[], object]) -> None:
+    rounds_us = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(CHECKS):
+            verify()
+        rounds_us.append((time.perf_counter() - start) / CHECKS * 1e6)
+    report(name, rounds_us)
+
+
+def bare_rsa() -> Callable[[], object]:
+    signature, key = rs256(rsa_key())(MESSAGE), rsa_key().public_key()
+    return lambda: key.verify(signature, MESSAGE, padding.PKCS1v15(), hashes.SHA256())
+
+
+def bare_ec() -> Callable[[], object]:
+    raw, key = es256(ec_key())(MESSAGE), ec_key().public_key()
+    signature = encode_dss_signature(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
+    return lambda: key.verify(signature, MESSAGE, ec.ECDSA(hashes.SHA256()))
+
+
+def main() -> None:
+    print(f"machine: {machine()}; means of {CHECKS} checks, {ROUNDS} rounds")
+    asyncio.run(check("credential, RS256 (2048 bits)", credential()))
+    bare("  of which the signature", bare_rsa())
+    asyncio.run(check("credential, ES256 (P-256)", es_credential()))
+    bare("  of which the signature", bare_ec())
+
+
+if __name__ == "__main__":
+    main()
