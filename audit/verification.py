@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, Select, and_, func, literal, select
@@ -94,12 +95,19 @@ def verify(
 def snapshot(engine: Engine) -> Iterator[Connection]:
     """Yield a connection on which all statements see one state of the database."""
     if engine.dialect.name == "postgresql":
-        engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            yield connection
+        return
     with engine.connect() as connection:
-        if engine.dialect.name == "sqlite" and not connection.connection.dbapi_connection.in_transaction:  # type: ignore[union-attr]
-            connection.exec_driver_sql("BEGIN")  # the driver begins by itself only before a write
-        yield connection
-        connection.rollback()
+        driver: Any = connection.connection.dbapi_connection
+        driver.text_factory = partial(str, encoding="utf-8", errors="replace")  # a row must not stop the verifier
+        try:
+            if not driver.in_transaction:
+                connection.exec_driver_sql("BEGIN")  # the driver begins by itself only before a write
+            yield connection
+        finally:
+            connection.rollback()
+            driver.text_factory = str
 
 
 class _Found(Exception):
@@ -154,6 +162,9 @@ class LogVerifier:
             self._requests()
         except _Found as found:
             wrong = Wrong(self.log, found.index, found.reason)
+        except (TypeError, ValueError, OverflowError, MemoryError):
+            # SQLite keeps any type in any column; what no writer of ours stores is somebody else's work.
+            wrong = Wrong(self.log, None, f"a row near leaf {self.frontier.size} holds a value of another type")
         counts = self.counts
         return LogReport(
             self.log, counts.leaves, counts.unnumbered, counts.parts, len(self.tails),
@@ -314,8 +325,8 @@ class LogVerifier:
         if self.frontier.root() != point.root:
             self._blame(point.size)
             raise _Found(
-                f"the root at {point.size} leaves is not the signed one: a leaf from this one on was changed, and what "
-                "follows was made to fit",
+                f"the root at {point.size} leaves is not the signed one: this leaf or one after it, up to "
+                f"{point.size - 1}, was changed, and what follows was made to fit",
                 self.counts.signed_size,
             )
         self.counts.checkpoints += 1

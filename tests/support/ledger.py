@@ -153,6 +153,7 @@ class Tamper:
 
     def __init__(self, path: Path) -> None:
         self.connection = sqlite3.connect(path)
+        self.connection.execute("PRAGMA ignore_check_constraints = ON")
         names = self.connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall()
         for (name,) in names:
             self.connection.execute(f"DROP TRIGGER {name}")
