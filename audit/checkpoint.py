@@ -4,7 +4,7 @@ The text is the origin, the number of leaves and the root, a line each:
 
     probity.example/acme-bank
     8
-    XcnaeacGWVRknRS6CcJd15qHo/nWNM26dg0t1dcwcoI=
+    XcnaeacGWamtVZy3Ad7ZoqudgjqtL0lgz+Nw7/RgQyg=
 
 We write no extension lines and keep those we read: they are signed, so they belong to the text.
 Knows nothing of leaves or of where checkpoints are kept. Source: C2SP tlog-checkpoint (c2sp.org/tlog-checkpoint).

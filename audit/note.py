@@ -1,14 +1,19 @@
 """Signed notes: a text, a blank line, and lines that sign it. Knows Ed25519 and nothing of trees.
 
-One complete note, by the key `probity.example/acme-bank` whose verifier key is the line below it:
+One complete note, by the key `probity.example/acme-bank` whose verifier key is the line below it (wrapped here, each is
+one line; both stand in tests/golden/audit/):
 
     probity.example/acme-bank
     8
-    XcnaeacGWVRknRS6CcJd15qHo/nWNM26dg0t1dcwcoI=
+    XcnaeacGWamtVZy3Ad7ZoqudgjqtL0lgz+Nw7/RgQyg=
 
-    — probity.example/acme-bank 6dZp4IYc…base64 of 4 bytes key id and 64 bytes signature…
+    — probity.example/acme-bank mBPDc//UQXXsVEUQ3Y7ThOLF6WZVKCbRG+hiXkveZlFu8WD26QI1q0h0jNt31v5b5BBOuMIEsuhEbST+r5H9
+      FR+kRQY=
 
-    probity.example/acme-bank+e9d669e0+AYqI4902…base64 of the byte 0x01 and 32 bytes of public key…
+    probity.example/acme-bank+9813c373+AQOhB7/zzhC+HXDdGOdLwJln5NYwm6UNXx3chmQSVTG4
+
+The base64 of a signature line holds 4 bytes of key id and 64 of signature; that of a verifier key the byte 0x01 and 32
+bytes of public key.
 
 Three traps of the format: the text may hold blank lines, and ends at the *last* one; base64 uses `+`, so a verifier key
 splits at its first two `+` only; ours may be any of several signatures, and unknown ones say nothing.

@@ -2,9 +2,10 @@
 
 A database that was rolled back, or whose tail was cut off, is smaller than what was once signed; one that was rewritten
 has another root at that size. Both are caught at start, and the gateway refuses to write to it. The file is the signed
-notes themselves, so that it can be handed to an auditor, behind one line of JSON a log:
+notes themselves, so that they can be handed to an auditor, a line of JSON a log, under a header that counts them:
 
-    {"note":"probity.example/acme-bank\\n8\\nXcna…\\n\\n— probity.example/acme-bank 6dZp…\\n","origin":"probity.exam…"}
+    probity/ratchet/v1 1
+    {"note":"probity.example/acme-bank\\n8\\nXcna…\\n\\n— probity.example/acme-bank mBPD…\\n","origin":"probity.exam…"}
 
 Its place must be one the database's administrator cannot write to. The checkpoint is ratcheted before the note is
 published and after the leaves are durable: then the database can never be rightly behind. Owned by one thread.
@@ -16,9 +17,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from audit.checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from audit.checkpoint import Checkpoint, read_checkpoint
 from audit.durable import replace_file
-from audit.note import NoteError
 
 # RatchetError             catch this; the log must not be written to
 # ├── RatchetMissing       there is no file: it was never created, or it was removed
@@ -47,6 +47,9 @@ class RatchetDiverged(RatchetError):
     """The database holds another history than the ratchet."""
 
 
+HEADER = "probity/ratchet/v1"
+
+
 class Ratchet:
     def __init__(self, path: Path, notes: dict[str, str]) -> None:
         self._path = path
@@ -62,7 +65,7 @@ class Ratchet:
         """
         if path.exists():
             raise RatchetError(f"`{path.name}` exists; a ratchet is created once and never reset")
-        replace_file(path, b"")
+        replace_file(path, _encode({}))
         return cls(path, {})
 
     @classmethod
@@ -74,18 +77,17 @@ class Ratchet:
             RatchetUnreadable: it is not what was written.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            content = path.read_text(encoding="utf-8")
         except FileNotFoundError as error:
             raise RatchetMissing(f"`{path.name}` is missing; put it back, or run verify before a new one") from error
         except (OSError, UnicodeDecodeError) as error:
             raise RatchetUnreadable(f"`{path.name}` cannot be read") from error
         try:
-            entries = [json.loads(line) for line in lines]
-            ratchet = cls(path, {entry["origin"]: entry["note"] for entry in entries})
-        except (ValueError, KeyError, TypeError, AttributeError, NoteError, CheckpointError) as error:
-            raise RatchetUnreadable(f"`{path.name}` does not hold signed checkpoints") from error
-        if any(origin != held.origin for origin, held in ratchet._held.items()) or len(ratchet._held) != len(lines):
-            raise RatchetUnreadable(f"`{path.name}` names a log twice or by another's name")
+            ratchet = cls(path, _decode(content))
+        except (ValueError, KeyError, TypeError) as error:
+            raise RatchetUnreadable(f"`{path.name}` does not hold signed checkpoints; put it back") from error
+        if _encode(ratchet._notes).decode() != content or any(o != c.origin for o, c in ratchet._held.items()):
+            raise RatchetUnreadable(f"`{path.name}` is cut off or was edited; put it back")
         return ratchet
 
     @property
@@ -149,5 +151,10 @@ def _check_forward(held: Checkpoint | None, new: Checkpoint) -> None:
 
 
 def _encode(notes: dict[str, str]) -> bytes:
-    lines = ({"note": notes[origin], "origin": origin} for origin in sorted(notes))
-    return "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines).encode()
+    lines = [json.dumps({"note": notes[origin], "origin": origin}, separators=(",", ":")) for origin in sorted(notes)]
+    return "".join(f"{line}\n" for line in (f"{HEADER} {len(notes)}", *lines)).encode()
+
+
+def _decode(content: str) -> dict[str, str]:
+    entries = [json.loads(line) for line in content.split("\n")[1:-1]]
+    return {entry["origin"]: entry["note"] for entry in entries}

@@ -4,7 +4,7 @@ A line a key; the key's name is the log's origin. `#` begins a comment line, bla
 
     probity/trust/v1
     # handed over 2026-11-20, fingerprint read out on the telephone
-    log probity.example/acme-bank+e9d669e0+AYqI4902…
+    log probity.example/acme-bank+9813c373+AQOhB7/zzhC+HXDdGOdLwJln5NYwm6UNXx3chmQSVTG4
 
 A log has two keys while it changes from one to the other. Knows nothing of the database.
 """
