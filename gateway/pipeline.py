@@ -286,9 +286,17 @@ class Pipeline:
         """Requests received and not yet closed."""
         return len(self._governed)
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def stop_taking(self) -> None:
+        """From now on every question is answered 503 `draining`."""
+        self._draining = True
+
     async def drain(self, timeout_s: float) -> bool:
         """Take nothing new; return whether every governed task ended within `timeout_s`."""
-        self._draining = True
+        self.stop_taking()
         if not self._governed:
             return True
         _, pending = await asyncio.wait(set(self._governed), timeout=timeout_s)

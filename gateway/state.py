@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from starlette.requests import Request
 
@@ -19,6 +20,7 @@ from policies.store import PolicyStore
 @dataclass(frozen=True, slots=True)
 class AppState:
     settings: Settings
+    started: datetime  # UTC
     clock: Clock
     log: AuditLog
     reader: AuditReader

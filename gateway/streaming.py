@@ -183,7 +183,7 @@ async def chunks(outbox: Outbox, renderer: Renderer, choices: int, *, include_us
         elif isinstance(event, Usage):
             yield (renderer.usage(event) if include_usage else b"") + DONE
         else:
-            yield sse(event.error.body())
+            yield b"data: " + event.error.openai_body + b"\n\n"
 
 
 async def collect(outbox: Outbox, choices: int) -> tuple[list[list[Piece]], Usage] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,7 +17,6 @@ from gateway.auth.permissions import Permission, requires
 from gateway.errors import ApiError
 from gateway.grant import Question
 from gateway.pipeline import Answer
-from gateway.request_id import uuid7
 from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest, UnsupportedField
 from gateway.state import AppState, state_of
 from gateway.streaming import (
@@ -95,7 +93,6 @@ async def _answer(request: Request, action: str, body: bytes, asked: InferenceRe
     )
     answer = await state.pipeline.answer(question)
     headers = {
-        "x-request-id": request_id,
         "probity-receipt": answer.receipt,
         "probity-policy": answer.policy,
         "probity-model": answer.model,
@@ -142,6 +139,3 @@ def _with_purpose(principal: Principal, header: str | None) -> Principal:
         raise errors.invalid_request("header `probity-purpose` is not a purpose id", param="probity-purpose")
     return replace(principal, purpose=header)
 
-
-def new_request_id(unix_ms: int) -> str:
-    return uuid7(unix_ms, secrets.token_bytes(10))
