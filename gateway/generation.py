@@ -1,0 +1,253 @@
+"""The governed task: one received request, from its first token to its one closing record.
+
+It belongs to the process, not to the connection. A client that leaves, or reads slowly, cannot lose the record; a
+guardrail, a kill switch, an engine or a log that fails ends it by name. Whatever the end, the limits are settled and
+exactly one closing record is appended; only then does the caller get the last of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import orjson
+
+from audit.log import AuditLog
+from audit.records import ChoiceEntry, Record, TimingEntry, request_completed, request_failed
+from audit.writer import LogUnavailable
+from engine.request import (
+    Engine,
+    EngineDraining,
+    EngineError,
+    EngineOverloaded,
+    FinishReason,
+    GenerationRequest,
+    GenerationStats,
+    RequestRefused,
+    choice_seed,
+)
+from gateway import errors
+from gateway.answer import Failure, Outbox, Usage
+from gateway.entries import guardrail_entries, limit_entries
+from gateway.errors import ApiError
+from gateway.grant import Grant
+from gateway.release import Release
+from policies.guardrails import OutputInspector, Verdict
+from policies.limits import LimitLedger
+
+CLOSE_ATTEMPTS = 6  # tries to put a closing record on a log that fails; after them, recovery closes it at a restart
+CLOSE_BACKOFF_S = 0.25  # doubles with each try
+
+
+class Suspended(Exception):
+    """The tenant was suspended, or a kill switch engaged, while the answer was being generated."""
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What the engine generated for one choice, released or not."""
+
+    request: GenerationRequest
+    tokens: list[int]
+    stats: GenerationStats | None = None
+    aborted: bool = False
+
+
+class Generation:
+    def __init__(
+        self,
+        grant: Grant,
+        engine: Engine,
+        log: AuditLog,
+        ledger: LimitLedger,
+        monotonic: Callable[[], float],
+        suspended: Callable[[], bool],
+        cache_salt: bytes,
+        recorded: float,
+    ) -> None:
+        question = grant.question
+        self._grant = grant
+        self._engine = engine
+        self._log = log
+        self._ledger = ledger
+        self._monotonic = monotonic
+        self._suspended = suspended
+        self._recorded = recorded
+        self._first_token: float | None = None
+        self._choices = [
+            _Choice(
+                GenerationRequest(
+                    request_id=f"{question.request_id}/{index}",
+                    prompt=grant.prompt,
+                    sampling=replace(grant.sampling, seed=choice_seed(grant.sampling.seed, index)),
+                    cache_salt=cache_salt,
+                    fairness_key=cache_salt.hex(),
+                ),
+                [],
+            )
+            for index in range(question.request.choices)
+        ]
+        self._inspectors = [OutputInspector(grant.obligations.guardrails) for _ in self._choices]
+        self.outbox = Outbox(on_abandon=self._abort)
+        self._release = Release(
+            question.principal.tenant, question.request_id, self._inspectors, self.outbox, log.journal
+        )
+
+    async def run(self) -> None:
+        """Generate, release, close. Never raises: whatever happens is in the record and in the outbox."""
+        try:
+            await self._generate()
+            failure = None
+        except Exception as error:
+            self._abort()
+            failure = _named(error)
+        await self._close(failure)
+
+    # --- generating ---
+
+    async def _generate(self) -> None:
+        """Follow every choice to its end while the pump releases; the first failure of either ends all."""
+        followers = [asyncio.ensure_future(self._follow(index)) for index in range(len(self._choices))]
+        # An unstreamed answer leaves whole, after its closing record: there is nothing to journal on the way.
+        pump = asyncio.ensure_future(self._release.pump()) if self._grant.question.request.stream else None
+        tasks: set[asyncio.Future[None]] = {*followers, *([pump] if pump else [])}
+        try:
+            unfinished = set(followers)
+            while unfinished:
+                done, _ = await asyncio.wait(
+                    unfinished | ({pump} if pump else set()), return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
+                unfinished -= done
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _follow(self, index: int) -> None:
+        choice = self._choices[index]
+        halted = False
+        async for delta in self._engine.generate(choice.request):
+            if self._suspended():
+                raise Suspended
+            if self._first_token is None and delta.tokens:
+                self._first_token = self._monotonic()
+            choice.tokens.extend(delta.tokens)
+            if self.outbox.abandoned:  # it may have left before the engine knew the request
+                self._engine.abort(choice.request.request_id)
+            if not halted and not self._release.add(index, delta.text, delta.logprobs):
+                halted = True
+                self._engine.abort(choice.request.request_id)
+            if delta.finish_reason is not None:
+                choice.stats = delta.stats
+                choice.aborted = delta.finish_reason is FinishReason.ABORT
+                self._release.finish(index, "cancelled" if choice.aborted else delta.finish_reason.value)
+
+    def _abort(self) -> None:
+        for choice in self._choices:
+            self._engine.abort(choice.request.request_id)
+
+    # --- closing ---
+
+    async def _close(self, failure: ApiError | None) -> None:
+        used = len(self._grant.prompt) + sum(len(choice.tokens) for choice in self._choices)
+        self._ledger.settle(self._grant.question.request_id, used)
+        record = self._completed(used) if failure is None else self._failed(failure)
+        for attempt in range(CLOSE_ATTEMPTS):
+            try:
+                receipt = await self._log.append(record)
+            except LogUnavailable:
+                self.outbox.put(Failure(errors.audit_unavailable()))
+                await asyncio.sleep(CLOSE_BACKOFF_S * 2**attempt)
+            else:
+                break
+        else:
+            return
+        if failure is not None:
+            self.outbox.put(Failure(failure))
+            return
+        self._release.send_rest()
+        self.outbox.put(
+            Usage(
+                prompt_tokens=len(self._grant.prompt),
+                cached_tokens=self._cached_tokens(),
+                completion_tokens=sum(len(choice.tokens) for choice in self._choices),
+                receipt=str(receipt),
+            )
+        )
+
+    def _completed(self, used: int) -> Record:
+        question = self._grant.question
+        return request_completed(
+            tenant=question.principal.tenant,
+            request_id=question.request_id,
+            status="cancelled" if self.outbox.abandoned else "completed",
+            choices=[self._choice_entry(index) for index in range(len(self._choices))],
+            usage={
+                "prompt_tokens": len(self._grant.prompt),
+                "cached_tokens": self._cached_tokens(),
+                "completion_tokens": sum(len(choice.tokens) for choice in self._choices),
+            },
+            guardrails=guardrail_entries(self._verdicts()),
+            limits=limit_entries(self._grant.obligations.limits, self._grant.reserved_tokens, used),
+            timings=self._timings(),
+            output=orjson.dumps(self._release.output()),
+            output_tokens=orjson.dumps([choice.tokens for choice in self._choices]),
+        )
+
+    def _failed(self, failure: ApiError) -> Record:
+        question = self._grant.question
+        return request_failed(
+            tenant=question.principal.tenant,
+            request_id=question.request_id,
+            code=failure.code,
+            timings=self._timings(),
+            output=orjson.dumps(self._release.output()),
+            guardrails=guardrail_entries(self._verdicts()),
+        )
+
+    def _choice_entry(self, index: int) -> ChoiceEntry:
+        choice = self._choices[index]
+        return ChoiceEntry(
+            index=index,
+            finish_reason=self._release.finish_reason(index) or "cancelled",
+            tokens=len(choice.tokens),
+            seed=str(choice.request.sampling.seed),
+            replay=choice.stats.replay_digest if choice.stats is not None else "",
+        )
+
+    def _cached_tokens(self) -> int:
+        return max((choice.stats.cached_tokens for choice in self._choices if choice.stats is not None), default=0)
+
+    def _verdicts(self) -> list[Verdict]:
+        return [verdict for inspector in self._inspectors for verdict in inspector.verdicts()]
+
+    def _timings(self) -> TimingEntry:
+        def since_received(moment: float) -> int:
+            return round((moment - self._grant.question.received) * 1_000_000)
+
+        return TimingEntry(
+            decided_us=since_received(self._grant.decided),
+            recorded_us=since_received(self._recorded),
+            first_token_us=since_received(self._first_token) if self._first_token is not None else None,
+            total_us=since_received(self._monotonic()),
+        )
+
+
+def _named(error: Exception) -> ApiError:
+    """Return what the caller is told. The engine's and the log's own errors are told apart; anything else is ours."""
+    if isinstance(error, LogUnavailable):
+        return errors.audit_unavailable()
+    if isinstance(error, Suspended):
+        return errors.suspended()
+    if isinstance(error, RequestRefused):
+        return errors.invalid_request(str(error), param=error.param)
+    if isinstance(error, EngineOverloaded):
+        return errors.overloaded()
+    if isinstance(error, EngineDraining):
+        return errors.draining()
+    if isinstance(error, EngineError):
+        return errors.engine_unavailable()
+    return errors.internal_error()

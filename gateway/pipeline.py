@@ -1,0 +1,343 @@
+"""The story of a request, in the order it happens.
+
+    decide ─▶ on record (promise 1) ─▶ generate ─▶ inspect ─▶ on record (promise 2) ─▶ release ─▶ close
+    └────────── this file ──────────┘  └─────────────── generation.py, release.py ───────────────┘
+
+`answer` decides, puts `request.received` on record and starts a governed task (generation.py), which owns the
+generation to its end, whatever the client does. A refusal is on record too, as `request.denied`, and carries its
+receipt. Everything that may refuse happens before `answer` returns; what fails later arrives in the outbox.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from audit.log import AuditLog
+from audit.records import ModelEntry, Record, request_denied, request_received
+from audit.writer import LogUnavailable
+from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams
+from gateway import errors
+from gateway.answer import Outbox
+from gateway.entries import decision_entry, guardrail_entries, limit_entries, principal_entry, sampling_body
+from gateway.errors import ApiError
+from gateway.generation import Generation
+from gateway.grant import Grant, Question
+from gateway.schemas.inference import ChatRequest, InferenceRequest
+from gateway.telemetry import Telemetry
+from policies.decision import Decision, DeniedBy, Obligations
+from policies.document import EffectivePolicy
+from policies.evaluate import evaluate
+from policies.guardrails import Verdict, inspect_input
+from policies.limits import LimitLedger, LimitRefusal
+from policies.request import AccessRequest, RequestedParams
+from policies.store import PolicyStore
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    now: Callable[[], datetime]  # UTC
+    monotonic: Callable[[], float]  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the route renders. The outbox fills as pieces are on record."""
+
+    receipt: str  # of request.received
+    policy: str  # digest of the policy that decided
+    model: str  # digest of the model version
+    fingerprint: str  # digest of the numeric policy
+    created: int  # Unix seconds
+    outbox: Outbox
+
+
+class Denied(Exception):
+    """A refusal that goes on record. `error` is what the caller gets."""
+
+    def __init__(self, error: ApiError, decision: Decision, verdicts: tuple[Verdict, ...] = ()) -> None:
+        super().__init__(error.code)
+        self.error = error
+        self.decision = decision
+        self.verdicts = verdicts
+
+
+class Pipeline:
+    """One per process; lives on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        policies: PolicyStore,
+        ledger: LimitLedger,
+        log: AuditLog,
+        telemetry: Telemetry,
+        clock: Clock,
+        *,
+        max_governed: int,
+    ) -> None:
+        self._engine = engine
+        self._policies = policies
+        self._ledger = ledger
+        self._log = log
+        self._telemetry = telemetry
+        self._clock = clock
+        self._max_governed = max_governed
+        self._governed: set[asyncio.Task[None]] = set()
+        self._draining = False
+        # Cached blocks live and die with this process, and so does the key that keeps tenants apart among them.
+        self._salt_key = secrets.token_bytes(32)
+
+    async def answer(self, question: Question) -> Answer:
+        """Return an answer whose prompt is on record.
+
+        Raises: ApiError, one row of contract.md's table; a refusal by policy carries its receipt.
+        """
+        if self._draining:
+            raise errors.draining()
+        if len(self._governed) >= self._max_governed:
+            raise errors.overloaded()
+        policy = self._policies.current(question.principal.tenant)
+        if policy is None:
+            raise errors.policy_denied("no policy is active for this tenant; an administrator activates one")
+        try:
+            with self._telemetry.stage("probity.decide"):
+                grant = self._decide(question, policy)
+                self._reserve(grant)
+        except Denied as denied:
+            raise await self._put_denial_on_record(question, denied) from None
+        try:
+            with self._telemetry.stage("probity.record"):
+                receipt = await self._log.append(self._received(grant))  # promise 1: the engine knows nothing yet
+        except LogUnavailable:
+            self._ledger.settle(question.request_id, 0)
+            raise errors.audit_unavailable() from None
+        outbox = self._govern(grant)
+        return Answer(
+            receipt=str(receipt),
+            policy=policy.digest,
+            model=self._engine.model.digest,
+            fingerprint=self._engine.numeric_policy,
+            created=int(self._clock.now().timestamp()),
+            outbox=outbox,
+        )
+
+    # --- deciding ---
+
+    def _decide(self, question: Question, policy: EffectivePolicy) -> Grant:
+        """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
+        if self._policies.suspended(question.principal.tenant):
+            raise Denied(errors.suspended(), Decision.deny("suspended", policy.digest))
+        decision = evaluate(self._access_request(question), policy, frozenset({self._engine.model.digest}))
+        obligations = decision.obligations
+        if obligations is None:
+            raise Denied(_denial(decision), decision)
+        rendered, verdicts = self._inspect(question.request, decision, obligations)
+        prompt = self._count(question.request, rendered, decision, obligations, verdicts)
+        return Grant(
+            question=question,
+            decision=decision,
+            obligations=obligations,
+            rendered=rendered,
+            prompt=prompt,
+            sampling=_sampling(question.request, obligations, room=self._engine.context_length - len(prompt)),
+            verdicts=verdicts,
+            decided=self._clock.monotonic(),
+        )
+
+    def _access_request(self, question: Question) -> AccessRequest:
+        request = question.request
+        return AccessRequest(
+            principal=question.principal,
+            action=question.action,
+            model=request.model,
+            purpose=question.principal.purpose,
+            source=question.source,
+            at=self._clock.now(),
+            params=RequestedParams(
+                max_tokens=request.token_limit,
+                temperature=request.temperature,
+                top_p=request.top_p,
+                n=request.choices,
+            ),
+        )
+
+    def _inspect(
+        self, request: InferenceRequest, decision: Decision, obligations: Obligations
+    ) -> tuple[str, tuple[Verdict, ...]]:
+        """Return the text for the model, as the chat template renders it and after the input guardrails."""
+        try:
+            rendered = self._render(request)
+        except RequestRefused as refused:
+            raise Denied(errors.invalid_request(str(refused), param=refused.param), decision) from None
+        inspection = inspect_input(rendered, obligations.guardrails)
+        if inspection.blocked_by is not None:
+            raise Denied(errors.content_filter(inspection.blocked_by), decision, inspection.verdicts)
+        if request.wants_logprobs and any(guardrail.withholds_output for guardrail in obligations.guardrails):
+            message = "log-probabilities would show text that an output guardrail of the policy withholds"
+            raise Denied(errors.invalid_request(message, param="logprobs"), decision, inspection.verdicts)
+        return inspection.text, inspection.verdicts
+
+    def _render(self, request: InferenceRequest) -> str:
+        if isinstance(request, ChatRequest):
+            return self._engine.render_chat([{"role": m.role, "content": m.text} for m in request.messages])
+        return request.text
+
+    def _count(
+        self,
+        request: InferenceRequest,
+        rendered: str,
+        decision: Decision,
+        obligations: Obligations,
+        verdicts: tuple[Verdict, ...],
+    ) -> tuple[int, ...]:
+        """Return the prompt's tokens: the exact count that limits are reserved by."""
+        prompt = tuple(self._engine.encode(rendered, chat=isinstance(request, ChatRequest)))
+        room = self._engine.context_length - len(prompt)
+        asked = obligations.params.max_tokens if request.token_limit is not None else 1
+        if not prompt:
+            raise Denied(errors.invalid_request("the prompt is empty", param="prompt"), decision, verdicts)
+        if asked > room:
+            error = errors.context_length_exceeded(self._engine.context_length, len(prompt))
+            raise Denied(error, decision, verdicts)
+        return prompt
+
+    def _reserve(self, grant: Grant) -> None:
+        """Reserve the prompt and the longest possible output in every bucket, or refuse."""
+        question = grant.question
+        outcome = self._ledger.reserve(
+            question.request_id, question.principal, grant.obligations.limits, grant.reserved_tokens
+        )
+        if isinstance(outcome, LimitRefusal):
+            raise Denied(_limit_error(outcome), grant.decision, grant.verdicts)
+
+    # --- on record ---
+
+    def _received(self, grant: Grant) -> Record:
+        question, model = grant.question, self._engine.model
+        return request_received(
+            tenant=question.principal.tenant,
+            request_id=question.request_id,
+            action=question.action,
+            stream=question.request.stream,
+            principal=principal_entry(question.principal),
+            decision=decision_entry(grant.decision),
+            model=ModelEntry(
+                alias=question.request.model,
+                version=model.digest,
+                weights=model.weights,
+                tokenizer=model.tokenizer,
+                template=model.template,
+                engine=self._engine.numeric_policy,
+            ),
+            sampling=sampling_body(grant.sampling, question.request.choices, grant.obligations),
+            guardrails=guardrail_entries(grant.verdicts),
+            limits=limit_entries(grant.obligations.limits, grant.reserved_tokens),
+            prompt_tokens=len(grant.prompt),
+            identities=_identities(question),
+            prompt=question.body,
+            prompt_to_model=grant.rendered.encode(),
+        )
+
+    async def _put_denial_on_record(self, question: Question, denied: Denied) -> ApiError:
+        record = request_denied(
+            tenant=question.principal.tenant,
+            request_id=question.request_id,
+            action=question.action,
+            principal=principal_entry(question.principal),
+            decision=decision_entry(denied.decision),
+            code=denied.error.code,
+            model_alias=question.request.model,
+            guardrails=guardrail_entries(denied.verdicts),
+            identities=_identities(question),
+            prompt=question.body,
+        )
+        try:
+            receipt = await self._log.append(record)
+        except LogUnavailable:
+            return errors.audit_unavailable()
+        return denied.error.with_headers({"probity-receipt": str(receipt), "probity-policy": denied.decision.policy})
+
+    # --- the governed task ---
+
+    def _govern(self, grant: Grant) -> Outbox:
+        tenant = grant.question.principal.tenant
+        generation = Generation(
+            grant,
+            engine=self._engine,
+            log=self._log,
+            ledger=self._ledger,
+            monotonic=self._clock.monotonic,
+            suspended=lambda: self._policies.suspended(tenant),
+            cache_salt=hmac.digest(self._salt_key, tenant.encode(), "sha256"),
+            recorded=self._clock.monotonic(),
+        )
+        task = asyncio.get_running_loop().create_task(generation.run())
+        self._governed.add(task)  # the loop itself keeps only a weak reference
+        task.add_done_callback(self._governed.discard)
+        return generation.outbox
+
+    @property
+    def governed(self) -> int:
+        """Requests received and not yet closed."""
+        return len(self._governed)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def stop_taking(self) -> None:
+        """From now on every question is answered 503 `draining`."""
+        self._draining = True
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take nothing new; return whether every governed task ended within `timeout_s`."""
+        self.stop_taking()
+        if not self._governed:
+            return True
+        _, pending = await asyncio.wait(set(self._governed), timeout=timeout_s)
+        return not pending
+
+
+def _identities(question: Question) -> dict[str, str]:
+    identities = {"subject": question.principal.subject}
+    if question.source is not None:
+        identities["source"] = question.source
+    return identities
+
+
+def _sampling(request: InferenceRequest, obligations: Obligations, room: int) -> SamplingParams:
+    params = obligations.params
+    return SamplingParams(
+        max_tokens=min(params.max_tokens, room),
+        # Unseeded means unpredictable, not unrepeatable: the seed that is drawn here is on record.
+        seed=request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1),
+        temperature=float(params.temperature),
+        top_p=float(params.top_p),
+        top_k=request.top_k or 0,
+        min_p=float(request.min_p or 0),
+        stop=request.stops,
+        ignore_eos=request.ignore_eos,
+        logprobs=request.wants_logprobs,
+        top_logprobs=request.alternatives,
+    )
+
+
+def _denial(decision: Decision) -> ApiError:
+    """Return what the caller is told of a deny. Unknown and disallowed models get the same answer."""
+    reason = decision.reasons[0]
+    if decision.denied_by is DeniedBy.MODEL:
+        return errors.model_not_found()
+    if decision.denied_by is DeniedBy.PARAMETER:
+        return errors.invalid_request("the policy does not allow this value", param=reason.detail)
+    return errors.policy_denied(f"denied by policy: {reason.code}")
+
+
+def _limit_error(refusal: LimitRefusal) -> ApiError:
+    if refusal.quota:
+        return errors.insufficient_quota(refusal.limit_id)
+    return errors.rate_limit_exceeded(refusal.limit_id, refusal.retry_after_s)

@@ -1,0 +1,139 @@
+"""Release: the gate between what was generated and what may be sent.
+
+    generated → inspected (held while a guardrail needs to see more) → journaled, durably → outbox
+
+**Promise 2** is kept here and in pipeline.py: a streamed piece enters the outbox only after the log confirmed it, and
+an answer's last pieces only after its closing record. Delivered ≤ journaled ≤ inspected, always.
+
+The first piece is journaled at once, later ones at most every `PACE_S` per stream, so that many streams share commits.
+It knows the log's `journal` and the policies' inspectors; it knows no HTTP and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from audit.records import Segment
+from engine.request import TokenLogprob
+from gateway.answer import Outbox, Piece
+
+PACE_S = 0.020
+
+
+class Inspector(Protocol):
+    """One choice's output guardrails: text goes in, what may be released comes out."""
+
+    @property
+    def halted_by(self) -> str | None: ...
+
+    def push(self, text: str) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+class _Choice:
+    """One choice's text between inspection and the outbox."""
+
+    def __init__(self, inspector: Inspector) -> None:
+        self.inspector = inspector
+        self.waiting: list[str] = []  # inspected, not yet journaled
+        self.logprobs: list[TokenLogprob] = []
+        self.output: list[str] = []  # everything inspected and fit to release, waiting or sent: what goes on record
+        self.finish_reason: str | None = None
+        self.finish_sent = False
+
+    def add(self, text: str) -> None:
+        if text:
+            self.waiting.append(text)
+            self.output.append(text)
+
+    def take(self) -> tuple[str, tuple[TokenLogprob, ...]]:
+        text, logprobs = "".join(self.waiting), tuple(self.logprobs)
+        self.waiting, self.logprobs = [], []
+        return text, logprobs
+
+
+class Release:
+    """The released-to-be text of one request, all its choices."""
+
+    def __init__(
+        self,
+        tenant: str,
+        request_id: str,
+        inspectors: Sequence[Inspector],
+        outbox: Outbox,
+        journal: Callable[[Segment], Awaitable[None]],
+    ) -> None:
+        self._tenant = tenant
+        self._request_id = request_id
+        self._choices = [_Choice(inspector) for inspector in inspectors]
+        self._outbox = outbox
+        self._journal = journal
+        self._sequence = 0
+        self._unsent: list[Piece] = []  # being journaled
+        self._ready = asyncio.Event()
+
+    def add(self, choice: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
+        """Inspect newly generated text. Return False when a guardrail halts this choice."""
+        state = self._choices[choice]
+        state.logprobs.extend(logprobs)
+        state.add(state.inspector.push(text))
+        if state.inspector.halted_by is not None:
+            state.finish_reason = "content_filter"
+            return False
+        if state.waiting:
+            self._ready.set()
+        return True
+
+    def finish(self, choice: int, reason: str) -> None:
+        """No more text will come for `choice`: what its guardrails still hold is decided now."""
+        state = self._choices[choice]
+        if state.finish_reason is None:
+            state.add(state.inspector.finish())
+            state.finish_reason = reason if state.inspector.halted_by is None else "content_filter"
+
+    def finish_reason(self, choice: int) -> str | None:
+        return self._choices[choice].finish_reason
+
+    def output(self) -> list[str]:
+        """The text of each choice that was or may be released."""
+        return ["".join(state.output) for state in self._choices]
+
+    async def pump(self) -> None:
+        """Journal and send what is ready, paced, until cancelled. Raises what the journal raises."""
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            await self._journal_and_send()
+            await asyncio.sleep(PACE_S)
+
+    async def _journal_and_send(self) -> None:
+        """If this is cancelled in the middle, the pieces stay unsent, and `send_rest` sends them."""
+        confirmations: list[Awaitable[None]] = []
+        for index, state in enumerate(self._choices):
+            if not state.waiting:
+                continue
+            text, logprobs = state.take()
+            self._unsent.append(Piece(index, text, logprobs))
+            segment = Segment(self._tenant, self._request_id, index, self._sequence, text.encode())
+            confirmations.append(self._journal(segment))
+            self._sequence += 1
+        if len(confirmations) == 1:
+            await confirmations[0]
+        else:
+            await asyncio.gather(*confirmations)
+        self._send_unsent()
+
+    def _send_unsent(self) -> None:
+        for piece in self._unsent:
+            self._outbox.put(piece)
+        self._unsent = []
+
+    def send_rest(self) -> None:
+        """Send what is left. Only to be called once the closing record, which holds all of it, is durable."""
+        self._send_unsent()
+        for index, state in enumerate(self._choices):
+            text, logprobs = state.take()
+            self._outbox.put(Piece(index, text, logprobs, state.finish_reason))

@@ -1,0 +1,43 @@
+"""`/livez`, `/readyz`, `/metrics`: for the machines that watch this process. No content, no names of people."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from gateway.auth.permissions import PUBLIC
+from gateway.state import AppState, state_of
+
+router = APIRouter(dependencies=[PUBLIC])
+
+
+@router.get("/livez")
+async def livez() -> dict[str, str]:
+    """The event loop turns. Says nothing of the engine or the log."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    """200 when a request could be answered now; else 503 with the checks that fail, by name."""
+    checks = _checks(state_of(request))
+    ready = all(checks.values())
+    body = {"status": "ok" if ready else "unavailable", "checks": checks}
+    return JSONResponse(body, status_code=200 if ready else 503)
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    state = state_of(request)
+    payload = state.telemetry.exposition(state.engine.health(), state.log.health(), state.pipeline.governed)
+    return Response(payload, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _checks(state: AppState) -> dict[str, bool]:
+    log, engine = state.log.health(), state.engine.health()
+    return {
+        "engine": engine.alive,
+        "audit_log": log.alive,
+        "disk": not log.disk_low,
+        "accepting": not state.pipeline.draining,
+    }

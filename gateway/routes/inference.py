@@ -1,0 +1,141 @@
+"""`POST /v1/chat/completions` and `POST /v1/completions`: body → question → answer → JSON or server-sent events."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
+
+from gateway import errors
+from gateway.admission import parse_json
+from gateway.answer import Failure
+from gateway.auth.permissions import Permission, requires
+from gateway.errors import ApiError
+from gateway.grant import Question
+from gateway.pipeline import Answer
+from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest, UnsupportedField
+from gateway.state import AppState, state_of
+from gateway.streaming import (
+    ChatRenderer,
+    CompletionRenderer,
+    Envelope,
+    EventStream,
+    Renderer,
+    collect,
+    watch_disconnect,
+)
+from policies.request import Principal
+
+router = APIRouter(prefix="/v1")
+
+Body = TypeVar("Body", ChatRequest, CompletionRequest)
+
+_PURPOSE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_FIELD = re.compile(r"[A-Za-z0-9_]{1,64}")
+
+
+def _schema(body: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI for a body that is read by hand, so that it can be parsed strictly and recorded as sent."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+@router.post("/chat/completions", openapi_extra=_schema(ChatRequest), dependencies=[requires(Permission.INFER)])
+async def chat_completions(request: Request) -> Response:
+    body = await request.body()
+    return await _answer(request, "chat.completions", body, _parse(ChatRequest, body))
+
+
+@router.post("/completions", openapi_extra=_schema(CompletionRequest), dependencies=[requires(Permission.INFER)])
+async def completions(request: Request) -> Response:
+    body = await request.body()
+    return await _answer(request, "completions", body, _parse(CompletionRequest, body))
+
+
+def _parse(kind: type[Body], body: bytes) -> Body:
+    try:
+        return kind.model_validate(parse_json(body))
+    except ValidationError as invalid:
+        raise _invalid(invalid) from None
+
+
+def _invalid(invalid: ValidationError) -> ApiError:
+    """Name the first field that is wrong, and why; never what stood there."""
+    first = invalid.errors(include_url=False, include_input=False)[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UnsupportedField):
+        return errors.invalid_request(str(cause), param=cause.name)
+    path = [str(step) for step in first["loc"]]
+    if not all(_FIELD.fullmatch(step) for step in path):
+        return errors.invalid_request("the body has a field whose name is not one of the API's")
+    param = ".".join(path) or None
+    message = str(cause) if cause is not None else first["msg"]
+    return errors.invalid_request(f"`{param}`: {message}" if param else message, param=param)
+
+
+async def _answer(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Response:
+    state = state_of(request)
+    received = state.clock.monotonic()
+    request_id = request.state.request_id
+    question = Question(
+        request_id=request_id,
+        principal=_with_purpose(request.state.principal, request.headers.get("probity-purpose")),
+        action=action,
+        request=asked,
+        body=body,
+        source=request.client.host if request.client else None,
+        received=received,
+    )
+    answer = await state.pipeline.answer(question)
+    headers = {
+        "probity-receipt": answer.receipt,
+        "probity-policy": answer.policy,
+        "probity-model": answer.model,
+    }
+    try:
+        return await _render(request, state, question, answer, headers)
+    except ApiError as error:
+        raise error.with_headers(headers) from None
+
+
+async def _render(
+    request: Request, state: AppState, question: Question, answer: Answer, headers: dict[str, str]
+) -> Response:
+    asked = question.request
+    renderer = _renderer(state, question, answer)
+    if not asked.stream:
+        with watch_disconnect(request.receive, answer.outbox):
+            collected = await collect(answer.outbox, asked.choices)
+        if collected is None:
+            return Response(status_code=499)  # the client has gone; nobody reads this
+        texts, usage = collected
+        # The whole answer goes out, so its receipt is the one that covers the output.
+        headers = headers | {"probity-receipt": usage.receipt}
+        return Response(renderer.whole(texts, usage), media_type="application/json", headers=headers)
+    with watch_disconnect(request.receive, answer.outbox):
+        first = await answer.outbox.peek()
+    if isinstance(first, Failure):  # nothing was sent yet: the status line can still say it
+        raise first.error
+    return EventStream(answer.outbox, renderer, asked.choices, headers, include_usage=asked.include_usage)
+
+
+def _renderer(state: AppState, question: Question, answer: Answer) -> Renderer:
+    asked = question.request
+    envelope = Envelope(question.request_id, answer.created, asked.model, answer.fingerprint)
+    kind = ChatRenderer if isinstance(asked, ChatRequest) else CompletionRenderer
+    return kind(envelope, state.engine.token_text, include_usage=asked.include_usage, logprobs=asked.wants_logprobs)
+
+
+def _with_purpose(principal: Principal, header: str | None) -> Principal:
+    """Return the principal with the purpose the header declares; else the credential's claim stands."""
+    if header is None:
+        return principal
+    if not _PURPOSE.fullmatch(header):
+        raise errors.invalid_request("header `probity-purpose` is not a purpose id", param="probity-purpose")
+    return replace(principal, purpose=header)
+

@@ -1,0 +1,175 @@
+"""The bodies of `/v1/chat/completions` and `/v1/completions`: read strictly, refused by field name.
+
+A field that this version cannot honour is refused when it asks for something, and accepted when it says "nothing":
+`tools: []`, `presence_penalty: 0`, `response_format: {"type": "text"}`. An unknown field is refused. Nothing is dropped
+without a word.
+
+Source: the OpenAI API reference; names and ranges are its own. `top_k`, `min_p` and `ignore_eos` are the extensions
+that vLLM established.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_TOP_LOGPROBS = 20
+
+Probability = Annotated[Decimal, Field(gt=0, le=1)]
+StopString = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+
+# Fields that would change the answer and are not honoured yet, with the values that ask for nothing. Null always does.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "response_format": ({"type": "text"},),
+    "parallel_tool_calls": (True, False),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+}
+
+
+class UnsupportedField(ValueError):
+    """A field asks for something this version cannot do."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"`{name}` is not supported by this server; leave it out")
+        self.name = name
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: StrictStr | list[TextPart]
+    name: Annotated[StrictStr, Field(max_length=64)] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Body):
+    include_usage: StrictBool = False
+
+
+class _InferenceBody(_Body):
+    """What both endpoints share."""
+
+    model: Annotated[StrictStr, Field(min_length=1, max_length=128)]
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Decimal, Field(ge=0, le=2)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_p: Annotated[Decimal, Field(ge=0, le=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    ignore_eos: StrictBool = False
+    user: Annotated[StrictStr, Field(max_length=256)] | None = None
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_neutral_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = dict(body)
+        for name in _NEUTRAL.keys() & kept.keys():
+            value = kept.pop(name)
+            if value is not None and value not in _NEUTRAL[name]:
+                raise UnsupportedField(name)
+        return kept
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` is only allowed with `stream`")
+        return self
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatRequest(_InferenceBody):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("`top_logprobs` is only allowed with `logprobs`")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("give `max_completion_tokens` or `max_tokens`, not both")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
+    @property
+    def alternatives(self) -> int:
+        """How many of the likeliest tokens are reported beside the chosen one."""
+        return self.top_logprobs or 0
+
+
+class CompletionRequest(_InferenceBody):
+    prompt: StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=1)]
+    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    @property
+    def alternatives(self) -> int:
+        return self.logprobs or 0
+
+
+InferenceRequest = ChatRequest | CompletionRequest

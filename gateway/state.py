@@ -1,0 +1,37 @@
+"""What one process holds: the rooms, opened once by app.py and reached by routes through the request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from starlette.requests import Request
+
+from audit.log import AuditLog
+from audit.reader import AuditReader
+from engine.request import Engine
+from gateway.pipeline import Clock, Pipeline
+from gateway.settings import Settings
+from gateway.telemetry import Telemetry
+from policies.limits import LimitLedger
+from policies.store import PolicyStore
+
+
+@dataclass(frozen=True, slots=True)
+class AppState:
+    settings: Settings
+    started: datetime  # UTC
+    clock: Clock
+    log: AuditLog
+    reader: AuditReader
+    policies: PolicyStore
+    ledger: LimitLedger
+    engine: Engine
+    pipeline: Pipeline
+    telemetry: Telemetry
+
+
+def state_of(request: Request) -> AppState:
+    state = request.app.state.probity
+    assert isinstance(state, AppState)
+    return state
