@@ -101,12 +101,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)  # noqa: S101 - the registration above
+    assert isinstance(error, ApiError)
     return render(error, request.url.path)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - the registration above
+    assert isinstance(error, RequestValidationError)
     # Parameters of routes are declared by us; a body is validated by `invalid_fields`, which knows its model.
     names = frozenset(part for part in _parameter_names(request) if isinstance(part, str))
     return render(_invalid(error.errors(), names), request.url.path)
@@ -121,7 +121,7 @@ def _parameter_names(request: Request) -> Iterable[str]:
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # noqa: S101 - the registration above
+    assert isinstance(error, HTTPException)
     named = {404: not_found, 405: method_not_allowed}.get(error.status_code)
     if named is not None:
         return render(named().with_headers(error.headers or {}), request.url.path)

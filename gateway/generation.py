@@ -91,7 +91,7 @@ class Generation:
         self._inspectors = [OutputInspector(grant.obligations.guardrails) for _ in self._choices]
         self.outbox = Outbox(on_abandon=self._abort)
         self._release = Release(
-            question.principal.tenant, question.request_id, self._inspectors, self.outbox, log.journal
+            question.principal.tenant, question.request_id, self._inspectors, self.outbox, log.journal, monotonic
         )
 
     async def run(self) -> None:
@@ -110,21 +110,18 @@ class Generation:
         """Follow every choice to its end while the pump releases; the first failure of either ends all."""
         followers = [asyncio.ensure_future(self._follow(index)) for index in range(len(self._choices))]
         # An unstreamed answer leaves whole, after its closing record: there is nothing to journal on the way.
-        pump = asyncio.ensure_future(self._release.pump()) if self._grant.question.request.stream else None
-        tasks: set[asyncio.Future[None]] = {*followers, *([pump] if pump else [])}
+        pumps = [asyncio.ensure_future(self._release.pump())] if self._grant.question.request.stream else []
         try:
             unfinished = set(followers)
             while unfinished:
-                done, _ = await asyncio.wait(
-                    unfinished | ({pump} if pump else set()), return_when=asyncio.FIRST_COMPLETED
-                )
+                done, _ = await asyncio.wait(unfinished.union(pumps), return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     task.result()
                 unfinished -= done
         finally:
-            for task in tasks:
+            for task in (*followers, *pumps):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*followers, *pumps, return_exceptions=True)
 
     async def _follow(self, index: int) -> None:
         choice = self._choices[index]
@@ -225,6 +222,8 @@ class Generation:
         return [verdict for inspector in self._inspectors for verdict in inspector.verdicts()]
 
     def _timings(self) -> TimingEntry:
+        released = self._release.first_sent
+
         def since_received(moment: float) -> int:
             return round((moment - self._grant.question.received) * 1_000_000)
 
@@ -232,6 +231,7 @@ class Generation:
             decided_us=since_received(self._grant.decided),
             recorded_us=since_received(self._recorded),
             first_token_us=since_received(self._first_token) if self._first_token is not None else None,
+            first_release_us=since_received(released) if released is not None else None,
             total_us=since_received(self._monotonic()),
         )
 

@@ -28,7 +28,7 @@ class RequestIdentification:
         async def send_identified(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [pair for pair in message["headers"] if pair[0] != b"x-request-id"]
-                message = message | {"headers": [*headers, (b"x-request-id", request_id.encode())]}
+                message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
             await send(message)
 
         await self._app(scope, receive, send_identified)

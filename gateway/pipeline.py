@@ -29,11 +29,11 @@ from gateway.generation import Generation
 from gateway.grant import Grant, Question
 from gateway.schemas.inference import ChatRequest, InferenceRequest
 from gateway.telemetry import Telemetry
-from policies.decision import Decision, DeniedBy, Obligations
+from policies.decision import Decision, DeniedBy, Obligations, Reason
 from policies.document import EffectivePolicy
 from policies.evaluate import evaluate
 from policies.guardrails import Verdict, inspect_input
-from policies.limits import LimitLedger, LimitRefusal
+from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore
 
@@ -131,7 +131,7 @@ class Pipeline:
     def _decide(self, question: Question, policy: EffectivePolicy) -> Grant:
         """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
         if self._policies.suspended(question.principal.tenant):
-            raise Denied(errors.suspended(), Decision.deny("suspended", policy.digest))
+            raise Denied(errors.suspended(), Decision.deny(DeniedBy.STATUS, policy.digest, Reason("suspended")))
         decision = evaluate(self._access_request(question), policy, frozenset({self._engine.model.digest}))
         obligations = decision.obligations
         if obligations is None:
@@ -198,7 +198,7 @@ class Pipeline:
         """Return the prompt's tokens: the exact count that limits are reserved by."""
         prompt = tuple(self._engine.encode(rendered, chat=isinstance(request, ChatRequest)))
         room = self._engine.context_length - len(prompt)
-        asked = obligations.params.max_tokens if request.token_limit is not None else 1
+        asked = (obligations.params.max_tokens or 1) if request.token_limit is not None else 1
         if not prompt:
             raise Denied(errors.invalid_request("the prompt is empty", param="prompt"), decision, verdicts)
         if asked > room:
@@ -210,7 +210,10 @@ class Pipeline:
         """Reserve the prompt and the longest possible output in every bucket, or refuse."""
         question = grant.question
         outcome = self._ledger.reserve(
-            question.request_id, question.principal, grant.obligations.limits, grant.reserved_tokens
+            question.request_id,
+            Holder(question.principal.tenant, self._log.keyring.pseudonym(*_subject(question))),
+            grant.obligations.limits,
+            grant.reserved_tokens,
         )
         if isinstance(outcome, LimitRefusal):
             raise Denied(_limit_error(outcome), grant.decision, grant.verdicts)
@@ -310,10 +313,15 @@ def _identities(question: Question) -> dict[str, str]:
     return identities
 
 
+def _subject(question: Question) -> tuple[str, str, str]:
+    """The ledger counts by pseudonym, because that is what it can be rebuilt from."""
+    return question.principal.tenant, "subject", question.principal.subject
+
+
 def _sampling(request: InferenceRequest, obligations: Obligations, room: int) -> SamplingParams:
     params = obligations.params
     return SamplingParams(
-        max_tokens=min(params.max_tokens, room),
+        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
         # Unseeded means unpredictable, not unrepeatable: the seed that is drawn here is on record.
         seed=request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1),
         temperature=float(params.temperature),

@@ -65,12 +65,15 @@ class Release:
         inspectors: Sequence[Inspector],
         outbox: Outbox,
         journal: Callable[[Segment], Awaitable[None]],
+        monotonic: Callable[[], float],
     ) -> None:
         self._tenant = tenant
         self._request_id = request_id
         self._choices = [_Choice(inspector) for inspector in inspectors]
         self._outbox = outbox
         self._journal = journal
+        self._monotonic = monotonic
+        self.first_sent: float | None = None  # monotonic seconds
         self._sequence = 0
         self._unsent: list[Piece] = []  # being journaled
         self._ready = asyncio.Event()
@@ -127,6 +130,8 @@ class Release:
         self._send_unsent()
 
     def _send_unsent(self) -> None:
+        if self._unsent and self.first_sent is None:
+            self.first_sent = self._monotonic()
         for piece in self._unsent:
             self._outbox.put(piece)
         self._unsent = []

@@ -354,7 +354,7 @@ def _section_type(spec: Field[Any]) -> Any:
 
 def _kind(spec: Field[Any]) -> Kind:
     kind = spec.metadata["kind"]
-    assert isinstance(kind, Kind)  # noqa: S101 - `setting` above is the only writer
+    assert isinstance(kind, Kind)
     return kind
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import TokenLogprob
@@ -223,7 +224,7 @@ class watch_disconnect:  # noqa: N801 - reads as a verb at its one place: `with 
         self._outbox.abandon()
 
 
-class EventStream:
+class EventStream(Response):
     """An ASGI response that sends an outbox as server-sent events.
 
     Starlette's own StreamingResponse is not used: it cancels the generator on disconnect, and it starts a task group
@@ -235,15 +236,15 @@ class EventStream:
     ) -> None:
         self._outbox = outbox
         self._chunks = chunks(outbox, renderer, choices, include_usage=include_usage)
-        self._headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"} | dict(
-            headers
-        )
+        self.status_code = 200
+        self.background = None
+        self.media_type = "text/event-stream"
+        self.init_headers({"cache-control": "no-store", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
         try:
             with watch_disconnect(receive, self._outbox):
-                await send({"type": "http.response.start", "status": 200, "headers": raw})
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for chunk in self._chunks:
                     if chunk:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})

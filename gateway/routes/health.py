@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz`, `/metrics`: for the machines that watch this process. No content, no names of people."""
+"""`/livez`, `/readyz`, `/metrics`, `/openapi.json`: for the machines that watch this process. No content, no names of people."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ async def metrics(request: Request) -> Response:
     state = state_of(request)
     payload = state.telemetry.exposition(state.engine.health(), state.log.health(), state.pipeline.governed)
     return Response(payload, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> Response:
+    return JSONResponse(request.app.openapi())
 
 
 def _checks(state: AppState) -> dict[str, bool]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from gateway import errors
 from gateway.admission import parse_json
 from gateway.answer import Failure
+from gateway.auth.authentication import with_purpose
 from gateway.auth.permissions import Permission, requires
+from gateway.error_responses import invalid_fields
 from gateway.errors import ApiError
 from gateway.grant import Question
 from gateway.pipeline import Answer
-from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest, UnsupportedField
+from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
 from gateway.state import AppState, state_of
 from gateway.streaming import (
     ChatRenderer,
@@ -28,14 +27,10 @@ from gateway.streaming import (
     collect,
     watch_disconnect,
 )
-from policies.request import Principal
 
 router = APIRouter(prefix="/v1")
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
-
-_PURPOSE = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_FIELD = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 
 def _schema(body: type[BaseModel]) -> dict[str, Any]:
@@ -61,21 +56,7 @@ def _parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate(parse_json(body))
     except ValidationError as invalid:
-        raise _invalid(invalid) from None
-
-
-def _invalid(invalid: ValidationError) -> ApiError:
-    """Name the first field that is wrong, and why; never what stood there."""
-    first = invalid.errors(include_url=False, include_input=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UnsupportedField):
-        return errors.invalid_request(str(cause), param=cause.name)
-    path = [str(step) for step in first["loc"]]
-    if not all(_FIELD.fullmatch(step) for step in path):
-        return errors.invalid_request("the body has a field whose name is not one of the API's")
-    param = ".".join(path) or None
-    message = str(cause) if cause is not None else first["msg"]
-    return errors.invalid_request(f"`{param}`: {message}" if param else message, param=param)
+        raise invalid_fields(invalid, kind) from None
 
 
 async def _answer(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Response:
@@ -84,7 +65,7 @@ async def _answer(request: Request, action: str, body: bytes, asked: InferenceRe
     request_id = request.state.request_id
     question = Question(
         request_id=request_id,
-        principal=_with_purpose(request.state.principal, request.headers.get("probity-purpose")),
+        principal=with_purpose(request.state.principal, request.headers.get("probity-purpose")),
         action=action,
         request=asked,
         body=body,
@@ -129,13 +110,3 @@ def _renderer(state: AppState, question: Question, answer: Answer) -> Renderer:
     envelope = Envelope(question.request_id, answer.created, asked.model, answer.fingerprint)
     kind = ChatRenderer if isinstance(asked, ChatRequest) else CompletionRenderer
     return kind(envelope, state.engine.token_text, include_usage=asked.include_usage, logprobs=asked.wants_logprobs)
-
-
-def _with_purpose(principal: Principal, header: str | None) -> Principal:
-    """Return the principal with the purpose the header declares; else the credential's claim stands."""
-    if header is None:
-        return principal
-    if not _PURPOSE.fullmatch(header):
-        raise errors.invalid_request("header `probity-purpose` is not a purpose id", param="probity-purpose")
-    return replace(principal, purpose=header)
-

@@ -30,10 +30,8 @@ def _aliases(request: Request) -> list[str]:
     policy = state.policies.current(request.state.principal.tenant)
     if policy is None:
         return []
-    loaded, today = state.engine.model.digest, state.clock.now().date()
-    return sorted(
-        alias for alias, grant in policy.models.items() if grant.version == loaded and today <= grant.expires
-    )
+    loaded, today = state.engine.model.digest, state.clock.now().date().isoformat()
+    return sorted(alias for alias, grant in policy.models.items() if grant.version == loaded and today <= grant.expires)
 
 
 def _model(request: Request, alias: str) -> dict[str, Any]:

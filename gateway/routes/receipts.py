@@ -1,8 +1,8 @@
 """`GET /v1/receipts/{request_id}`: an application holds the gateway to its receipts.
 
 The answer is what an outsider needs to check, without trusting this server: the leaf hash and index of each record of
-the request, the inclusion proof, and the signed checkpoint it leads to. Proofs follow numbering by at most a second;
-until then `leaf_index` is null.
+the request, its inclusion proof, and the signed checkpoint the proof leads to. Numbering follows an append by at most
+a second; until then `leaf_index` and `inclusion` are null.
 """
 
 from __future__ import annotations
@@ -12,17 +12,54 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from audit.keys import Keyring
+from audit.reader import AuditReader, NotFound, NotSignedYet, NumberedReceipt
 from gateway import errors
 from gateway.auth.permissions import Permission, requires
 from gateway.state import state_of
+from policies.request import Principal
 
 router = APIRouter(prefix="/v1/receipts")
 
 
-@router.get("/{request_id}", dependencies=[requires(Permission.INFER)])
+@router.get("/{request_id}", dependencies=[requires(Permission.READ_OWN_RECEIPTS)])
 async def get_receipt(request: Request, request_id: str) -> dict[str, Any]:
-    state, principal = state_of(request), request.state.principal
-    receipt = await asyncio.to_thread(state.reader.receipt, principal.tenant, principal.subject, request_id)
-    if receipt is None:
-        raise errors.receipt_not_found()
-    return receipt
+    state = state_of(request)
+    return await asyncio.to_thread(_receipts, state.reader, state.log.keyring, request.state.principal, request_id)
+
+
+def _receipts(reader: AuditReader, keyring: Keyring, principal: Principal, request_id: str) -> dict[str, Any]:
+    """Return the receipts of the caller's own request; anybody else's does not exist for them."""
+    try:
+        story = reader.story(request_id)
+    except NotFound:
+        raise errors.not_found() from None
+    own = keyring.pseudonym(principal.tenant, "subject", principal.subject)
+    if story.tenant != principal.tenant or story.subject != own:
+        raise errors.not_found()
+    records = [_record(reader, principal.tenant, entry) for entry in reader.receipts(request_id)]
+    return {"request_id": request_id, "status": story.status, "records": records}
+
+
+def _record(reader: AuditReader, tenant: str, entry: NumberedReceipt) -> dict[str, Any]:
+    return {
+        "type": entry.type,
+        "receipt": str(entry.receipt),
+        "leaf_hash": entry.receipt.leaf_hash,
+        "leaf_index": entry.leaf_index,
+        "inclusion": _inclusion(reader, tenant, entry),
+    }
+
+
+def _inclusion(reader: AuditReader, tenant: str, entry: NumberedReceipt) -> dict[str, Any] | None:
+    if entry.leaf_index is None:
+        return None
+    try:
+        proof = reader.inclusion_at(tenant, entry.leaf_index)
+    except NotSignedYet:
+        return None
+    return {
+        "tree_size": proof.signed.checkpoint.size,
+        "hashes": [value.hex() for value in proof.hashes],
+        "checkpoint": proof.signed.note,
+    }

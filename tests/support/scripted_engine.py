@@ -6,7 +6,6 @@ needs to say what the engine generates, when, and whether it was asked at all.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
@@ -129,9 +128,7 @@ class ScriptedEngine:
 
     async def drain(self, timeout_s: float) -> bool:
         self._draining = True
-        while self._running:
-            await asyncio.sleep(0.005)
-        return True
+        return not self._running
 
     def close(self) -> None:
         self._draining = True

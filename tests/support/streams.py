@@ -56,9 +56,7 @@ def _take(line: str, seen: Seen) -> None:
         seen.finish_reason = choice["finish_reason"] or seen.finish_reason
 
 
-async def stream_many(
-    base_url: str, token: str, model: str, prompts: list[str], *, **fields: object
-) -> list[Seen]:
+async def stream_many(base_url: str, token: str, model: str, prompts: list[str], **fields: object) -> list[Seen]:
     """Stream all prompts at once."""
     limits = httpx.Limits(max_connections=len(prompts))
     headers = {"authorization": f"Bearer {token}"}

@@ -1,0 +1,199 @@
+"""The composition root: settings in, a governed gateway out. The only place where the rooms are opened and joined.
+
+`create_app` opens everything before it returns: a start-up that cannot keep a promise raises, and no port is bound.
+Requests walk the middlewares from the outside in:
+
+    Containment → RequestIdentification → Authentication → Admission → routes
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from types import FrameType
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+from starlette.types import ASGIApp
+
+import migrations
+from audit.identifier import NOISE_BYTES, uuid7
+from audit.log import AuditLog, LogSettings
+from audit.reader import AuditReader
+from audit.records import SYSTEM, Record, RecordType
+from engine.request import Engine
+from gateway.admission import Admission
+from gateway.auth.authentication import Authentication
+from gateway.auth.permissions import public_paths
+from gateway.auth.trust import key_client, trusted_verifier
+from gateway.error_responses import Containment, install_error_handlers
+from gateway.identification import RequestIdentification
+from gateway.pipeline import Clock, Pipeline
+from gateway.routes import health, inference, models, receipts
+from gateway.settings import Settings
+from gateway.state import AppState
+from gateway.telemetry import Telemetry
+from policies.limits import LimitLedger
+from policies.store import PolicyStore
+
+CLOCK = Clock(now=lambda: datetime.now(UTC), monotonic=time.monotonic)
+
+
+def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock = CLOCK) -> FastAPI:
+    """Open the rooms and return the gateway.
+
+    Without `engine`, the model of the settings is loaded.
+
+    Raises: what a room raises that cannot keep its promise; see `StartRefused` in cli.py for the list.
+    """
+    log = open_log(settings)
+    try:
+        engine = engine or load_model(settings)
+        log.append_blocking(_model_loaded(engine))
+        state = _join(settings, log, engine, clock)
+    except BaseException:
+        log.close()
+        raise
+    app = FastAPI(title="Probity", version="2026.11.0", lifespan=_lifespan, openapi_url=None)
+    app.state.probity = state
+    for routes in (inference, models, receipts, health):
+        app.include_router(routes.router)
+    install_error_handlers(app)
+    return app
+
+
+def open_log(settings: Settings) -> AuditLog:
+    """Open the log of the settings; an embedded one is made, and brought up to date, on the way."""
+    embedded = settings.database.url is None
+    if embedded:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        migrations.upgrade(settings.database_url)
+    return AuditLog.open(
+        LogSettings(
+            database_url=settings.database_url,
+            keystore_url=settings.keystore_url,
+            keys=settings.data_dir / "keys",
+            ratchet=settings.data_dir / "ratchet",
+            trust=settings.data_dir / "trust",
+            origin=settings.audit.origin_prefix,
+            append_timeout_s=settings.audit.append_timeout_s,
+            low_water_bytes=settings.audit.low_water_mib << 20,
+        ),
+        create=True,
+    )
+
+
+def load_model(settings: Settings) -> Engine:
+    """Load the model of the settings. torch is imported here and not before: a gateway can do without."""
+    from engine.config import EngineConfig
+    from engine.load import load_engine
+    from gateway.demo import model_directory
+
+    chosen = settings.engine
+    return load_engine(
+        EngineConfig(
+            model=settings.model.path or model_directory(),
+            threads=chosen.threads,
+            kv_cache_mib=chosen.kv_cache_mib,
+            max_sequences=chosen.max_sequences,
+            max_tokens_per_step=chosen.max_tokens_per_step,
+            max_waiting=chosen.max_waiting,
+        )
+    )
+
+
+def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> AppState:
+    telemetry = Telemetry(settings.telemetry, engine.model.name)
+    policies = PolicyStore(log.database.reader)
+    ledger = LimitLedger(clock.monotonic)
+    return AppState(
+        settings=settings,
+        started=clock.now(),
+        clock=clock,
+        log=log,
+        reader=AuditReader(log.database.reader, log.keyring, log.keystore),
+        policies=policies,
+        ledger=ledger,
+        engine=engine,
+        pipeline=Pipeline(engine, policies, ledger, log, telemetry, clock, max_governed=settings.limits.max_governed),
+        telemetry=telemetry,
+    )
+
+
+def _model_loaded(engine: Engine) -> Record:
+    model = engine.model
+    return Record(
+        RecordType.MODEL_LOADED,
+        SYSTEM,
+        {
+            "name": model.name,
+            "version": model.digest,
+            "weights": model.weights,
+            "config": model.config,
+            "tokenizer": model.tokenizer,
+            "template": model.template,
+            "engine": engine.numeric_policy,
+        },
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Serve, then end in order: no new requests, those in flight to their closing records, engine, log."""
+    state: AppState = app.state.probity
+    yield
+    await state.pipeline.drain(state.settings.server.drain_timeout_s)
+    state.engine.close()
+    state.log.close()
+    state.telemetry.close()
+
+
+def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:
+    """Return the app behind its middlewares. `client` fetches issuers' keys."""
+    state: AppState = app.state.probity
+    settings = state.settings
+    admitted = Admission(app, settings.server.max_body_bytes, settings.server.max_header_bytes)
+    authenticated = Authentication(
+        admitted,
+        trusted_verifier(settings, client, lambda: state.clock.now().timestamp(), state.clock.monotonic),
+        public_paths(app),
+        on_refusal=state.telemetry.gateway.count_refusal,
+    )
+    return Containment(RequestIdentification(authenticated, _new_request_id))
+
+
+def _new_request_id() -> str:
+    return uuid7(int(time.time() * 1000), secrets.token_bytes(NOISE_BYTES))
+
+
+class Server(uvicorn.Server):
+    """SIGTERM drains: from that moment new questions are answered 503 `draining`, on open connections too."""
+
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline) -> None:
+        super().__init__(config)
+        self._pipeline = pipeline
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._pipeline.stop_taking()
+        super().handle_exit(sig, frame)
+
+
+def server(app: FastAPI) -> Server:
+    """Return the server of an app, not yet running."""
+    state: AppState = app.state.probity
+    settings = state.settings.server
+    config = uvicorn.Config(
+        secured(app, key_client()),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=int(settings.drain_timeout_s) + 1,
+    )
+    return Server(config, state.pipeline)
