@@ -7,6 +7,7 @@ new name may be lost with the power.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 PRIVATE = 0o600
@@ -20,11 +21,14 @@ def replace_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
         OSError: it could not be written; the old content stands. A failed fsync must not be retried.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with suppress(OSError):
+        beside.unlink()  # of a crash, whose process had our number
     try:
         write_new_file(beside, content, mode)
         beside.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise
     sync_directory(path.parent)
 

@@ -11,7 +11,9 @@ it expires. Knows neither leaves nor plaintext keys.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +98,7 @@ class KeyStore:
         engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_pragmas)
+            _create_private(engine.url.database)
         try:
             metadata.create_all(engine)
             with engine.connect() as connection:
@@ -201,6 +204,13 @@ def _select(ids: Sequence[str]) -> Select[Any]:
 
 def _slices(ids: list[str]) -> Iterable[list[str]]:
     return (ids[at : at + MAX_IDS_PER_STATEMENT] for at in range(0, len(ids), MAX_IDS_PER_STATEMENT))
+
+
+def _create_private(path: str | None) -> None:
+    """Make SQLite's file before SQLite does, mode 0600; its log files take the mode from it."""
+    if path and path != ":memory:":
+        with suppress(OSError):  # it exists, or cannot be made, which connecting will say
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _set_pragmas(connection: object, _record: object) -> None:

@@ -1,4 +1,4 @@
-"""A small real audit log on SQLite, and a pair of hands that change its file behind its back."""
+"""A small real audit log, and a pair of hands that change its SQLite file behind its back."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ TIMINGS = TimingEntry(10, 200, 3000, 3100, 9000)
 class Ledger:
     """One log in one directory: open, write, close, tamper, open again."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, database_url: str | None = None, keystore_url: str | None = None) -> None:
+        """Make a log in `directory`; a `database_url` given is migrated already."""
         self.settings = LogSettings(
-            database_url=f"sqlite:///{directory}/audit.db",
-            keystore_url=f"sqlite:///{directory}/keys.db",
+            database_url=database_url or f"sqlite:///{directory}/audit.db",
+            keystore_url=keystore_url or f"sqlite:///{directory}/keys.db",
             keys=directory / "keys",
             ratchet=directory / "ratchet",
             trust=directory / "trust.txt",
@@ -49,7 +50,8 @@ class Ledger:
             low_water_bytes=0,
         )
         self.path = directory / "audit.db"
-        upgrade(self.settings.database_url)
+        if database_url is None:
+            upgrade(self.settings.database_url)
         self._requests = 0
         self.log: AuditLog | None = None
 

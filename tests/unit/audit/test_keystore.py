@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_a_destroyed_key_is_in_no_file_any_more(path: Path, store: KeyStore) -> 
     assert any(secret in file.read_bytes() for file in path.parent.iterdir())
     store.destroy(["key-01000"])
     assert not any(secret in file.read_bytes() for file in path.parent.iterdir())
+
+
+def test_the_files_of_the_store_are_private(path: Path, store: KeyStore) -> None:
+    store.put_many([_key(1)])
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    assert set(modes) >= {"keys.db", "keys.db-wal"}
+    assert set(modes.values()) == {0o600}
 
 
 def test_a_database_that_forgets_is_refused() -> None:

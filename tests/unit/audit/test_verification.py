@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import func, select
 
 from audit.canonical import leaf_hash
 from audit.checkpoint import Checkpoint, read_checkpoint, sign_checkpoint
@@ -18,8 +19,9 @@ from audit.keys import Keyring
 from audit.leaf import Leaf
 from audit.merkle import Frontier
 from audit.ratchet import Ratchet
+from audit.tables import leaf
 from audit.trust import read_trust, write_trust
-from audit.verification import Report, Wrong, verify
+from audit.verification import Report, Wrong, snapshot, verify
 from audit.verify import main
 from tests.support.ledger import ACME, GLOBEX, Ledger, Tamper
 
@@ -470,6 +472,24 @@ def test_one_log_that_is_wrong_does_not_hide_another(directory: Path) -> None:
         tamper.rewrite(OTHER, 1, {"leaf_hash": bytes(32)})
     wrong = [(log.wrong.log, log.wrong.index) for log in _verify(directory).logs if log.wrong is not None]
     assert wrong == [(LOG, 9), (OTHER, 1)]
+
+
+def test_a_log_that_is_being_written_is_verified_as_it_is_at_one_moment(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with ledger:
+        ledger.ask()
+    with ledger:
+        engine = reader_engine(ledger.settings.database_url)
+        for _ in range(5):
+            with snapshot(engine) as connection:
+                before = connection.execute(select(func.count()).select_from(leaf)).scalar_one()
+                request = ledger.receive()
+                assert connection.execute(select(func.count()).select_from(leaf)).scalar_one() == before
+            report = verify(engine, read_trust(ledger.settings.trust))
+            assert report.first_wrong is None
+            assert report.logs[0].open_requests == 1
+            ledger.complete(request)
+        engine.dispose()
 
 
 # --- the command ---
