@@ -30,7 +30,7 @@ OUTPUT = replace(FOUND, id="pii_out", stage="output", verdict="flagged")
 class Story:
     """What the log below holds."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, more: int) -> None:
         self.ledger = Ledger(directory)
         with self.ledger as ledger:
             self.asked = ledger.ask(guardrails=(FOUND, PASSED))
@@ -39,7 +39,7 @@ class Story:
             ledger.fail(self.failed, GLOBEX)
             self.cancelled = ledger.receive()
             ledger.complete(self.cancelled, status="cancelled", guardrails=(OUTPUT,))
-            self.more = [ledger.ask() for _ in range(140)]
+            self.more = [ledger.ask() for _ in range(more)]
         with self.ledger as ledger:
             self.last = ledger.ask(GLOBEX, identities={"subject": "jo@globex.example"})
         settings = self.ledger.settings
@@ -55,7 +55,7 @@ class Story:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    story = Story(tmp_path_factory.mktemp("reader"))
+    story = Story(tmp_path_factory.mktemp("reader"), 140)
     yield story
     story.close()
 
@@ -63,7 +63,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[Story]:
     """For tests that damage it."""
-    story = Story(tmp_path)
+    story = Story(tmp_path, 2)
     yield story
     story.close()
 
