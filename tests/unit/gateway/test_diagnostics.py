@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gateway.diagnostics import DiagnosticsFormatter
+from gateway.diagnostics import DiagnosticsFormatter, install_diagnostics
 from gateway.error_responses import note_failure
 
 CANARY = "canary 4929 1234"
@@ -95,3 +95,22 @@ def test_a_failure_is_noted_by_types_and_places() -> None:
     assert line["error_places"][0].startswith("test_diagnostics.py:")
     assert CANARY not in stream.getvalue()
     assert sys.exc_info() == (None, None, None)
+
+
+def test_installed_diagnostics_take_every_logger_and_drop_access_lines() -> None:
+    stream, root = io.StringIO(), logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        install_diagnostics(stream)
+        logging.getLogger("uvicorn.access").info('"GET /audit/requests?subject=%s"', CANARY)
+        logging.getLogger("uvicorn.error").info("started with %s", CANARY)
+        logging.getLogger("somebody.else").error(CANARY)
+        logging.getLogger("probity.app").info("serving", extra={"port": 8080})
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        root.setLevel(level)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["server", "library", "serving"]
+    assert lines[2]["port"] == 8080
+    assert CANARY not in stream.getvalue()
