@@ -182,7 +182,7 @@ def _types(error: BaseException) -> list[str]:
     current: BaseException | None = error
     while current is not None and len(names) < 8:
         names.append(f"{type(current).__module__}.{type(current).__qualname__}")
-        current = current.__cause__ or current.__context__
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
     return names
 
 

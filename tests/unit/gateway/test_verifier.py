@@ -128,6 +128,7 @@ async def test_a_good_credential_becomes_a_principal(token: str) -> None:
         {"sub": "Zoë 🦉"},
         {"sub": "x" * 256},
         {"unknown": {"deep": [1, 2, {"er": None}]}},
+        {"unknown": [[[[[[[]]]]]]]},
     ],
 )
 async def test_claims_at_the_edge_of_what_is_allowed_are_accepted(changes: dict[str, object]) -> None:
@@ -289,6 +290,7 @@ def hostile_claims() -> Iterator[tuple[str, str]]:
     yield "tenant twice", raw(GOOD_HEADER, claims_text()[:-1] + ',"tenant":"globex-health"}')
     yield "exp twice, escaped", raw(GOOD_HEADER, claims_text()[:-1] + ',"\\u0065xp":99999999999}')
     yield "claims deep", raw(GOOD_HEADER, claims_text()[:-1] + ',"x":' + "[" * 2000 + "]" * 2000 + "}")
+    yield "claims one too deep", raw(GOOD_HEADER, claims_text(x="[" * 8 + "]" * 8))
     yield "claims deep objects", raw(GOOD_HEADER, claims_text()[:-1] + ',"x":' + '{"a":' * 400 + "1" + "}" * 400 + "}")
     yield "claims a list", raw(GOOD_HEADER, "[]")
     yield "claims a number", raw(GOOD_HEADER, "1")
