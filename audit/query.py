@@ -24,6 +24,7 @@ class QueryRefused(ValueError):
 
 
 MAX_LIMIT = 500  # rows a slice
+MAX_TEXT = 512  # characters of a filter
 MAX_WINDOW = timedelta(days=3660)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 STATUSES = frozenset({"received", "completed", "denied", "failed", "interrupted", "cancelled"})
@@ -57,6 +58,8 @@ class RequestQuery:
             raise QueryRefused("`to` is not later than `from`, or by more than ten years")
         if not 1 <= self.limit <= MAX_LIMIT:
             raise QueryRefused(f"`limit` is not 1 to {MAX_LIMIT}")
+        for name in ("subject", "client", "model", "purpose", "guardrail"):
+            _check_text(name, getattr(self, name))
         if self.decision not in (None, "allow", "deny"):
             raise QueryRefused("`decision` is not `allow` or `deny`")
         if self.status is not None and self.status not in STATUSES:
@@ -141,6 +144,13 @@ def microseconds(moment: datetime) -> int:
 def timestamp(moment_us: int) -> str:
     """Return microseconds since 1970 as leaves write them."""
     return (EPOCH + timedelta(microseconds=moment_us)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _check_text(name: str, value: str | None) -> None:
+    if value is None:
+        return
+    if not 1 <= len(value) <= MAX_TEXT or not value.isprintable() or (name == "guardrail" and "|" in value):
+        raise QueryRefused(f"`{name}` is not 1 to {MAX_TEXT} printable characters")
 
 
 def _is_subject(subject: str, tenants: tuple[str, ...], pseudonym: Pseudonym) -> ColumnElement[bool]:
