@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -73,12 +74,20 @@ _FORBIDDEN = frozenset(
         sqlite3.SQLITE_CREATE_TABLE,
         sqlite3.SQLITE_CREATE_INDEX,
         sqlite3.SQLITE_CREATE_VIEW,
+        sqlite3.SQLITE_CREATE_VTABLE,
+        sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+        sqlite3.SQLITE_DROP_VTABLE,
         sqlite3.SQLITE_ATTACH,
         sqlite3.SQLITE_DETACH,
     }
 )
 _CHANGES = frozenset({sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE})
 _EVIDENCE = frozenset(table.name for table in EVIDENCE)
+# Pragmas that may be given a value. Any other would weaken what was set and read back (`synchronous=OFF`).
+_PRAGMAS = frozenset(
+    {"table_info", "table_xinfo", "table_list", "index_list", "index_info", "index_xinfo", "foreign_key_list",
+     "max_page_count"}
+)  # fmt: skip
 
 
 class Database:
@@ -116,8 +125,8 @@ class Database:
         return database
 
     def close(self) -> None:
-        self.writer.dispose()
         self.reader.dispose()
+        self.writer.dispose()  # last: it may write the write-ahead log back, and then the file alone is the log
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -148,7 +157,7 @@ def reader_engine(url: str) -> Engine:
     if make_url(url).get_backend_name() == "sqlite":
         path = _path(url)
         engine = create_engine(
-            f"sqlite:///file:{path}?mode=ro&uri=true",
+            f"sqlite:///file:{quote(str(path))}?mode=ro&uri=true",
             poolclass=QueuePool,
             pool_size=READERS,
             hide_parameters=True,
@@ -190,19 +199,26 @@ def check_defences(connection: Connection) -> None:
 
 
 def expected_triggers(dialect: str) -> frozenset[str]:
+    """Return `table.trigger` of each, and the event trigger's name."""
     kinds = ("no_update", "no_delete", "no_replace") if dialect == "sqlite" else ("append_only", "no_truncate")
-    names = {f"{table.name}_{kind}" for table in EVIDENCE for kind in kinds}
-    return frozenset(names | {"leaf_number_is_dense", "leaf_writer_seq_is_dense"})
+    names = {f"{table.name}.{table.name}_{kind}" for table in EVIDENCE for kind in kinds}
+    others = {"leaf_number.leaf_number_is_dense", "leaf.leaf_writer_seq_is_dense"}
+    return frozenset(names | others | (set() if dialect == "sqlite" else {"probity_no_ddl"}))
 
 
 def _sqlite_triggers(connection: Connection) -> set[str]:
-    return set(connection.execute(text("SELECT name FROM sqlite_master WHERE type = 'trigger'")).scalars())
+    rows = connection.execute(text("SELECT tbl_name || '.' || name FROM sqlite_master WHERE type = 'trigger'"))
+    return set(rows.scalars())
 
 
 def _pg_triggers(connection: Connection) -> set[str]:
-    # tgenabled 'A' is ALWAYS: it fires for replication roles too.
-    rows = connection.execute(text("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal AND tgenabled = 'A'"))
-    return set(rows.scalars())
+    # 'A' is ALWAYS: it fires for replication roles too. `regclass` is the table that our statements find.
+    on_tables = (
+        f"SELECT '{table.name}.' || tgname FROM pg_trigger WHERE tgrelid = '{table.name}'::regclass AND tgenabled = 'A'"  # noqa: S608
+        for table in EVIDENCE
+    )
+    on_events = "SELECT evtname FROM pg_event_trigger WHERE evtenabled = 'A'"
+    return set(connection.execute(text(" UNION ALL ".join((*on_tables, on_events)))).scalars())
 
 
 def _writer(url: str, dialect: str) -> Engine:
@@ -223,12 +239,16 @@ def _prepare_sqlite_writer(connection: Any, _record: object) -> None:
 def _prepare_sqlite_reader(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA query_only=ON")
     connection.execute("PRAGMA busy_timeout=5000")
+    connection.set_authorizer(_authorize)  # ATTACH would open the same file again, to write
 
 
-def _authorize(action: int, first: str | None, *_: str | None) -> int:
-    if action in _FORBIDDEN or (action in _CHANGES and (first in _EVIDENCE or first == "sqlite_master")):
-        return sqlite3.SQLITE_DENY
-    return sqlite3.SQLITE_OK
+def _authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    forbidden = (
+        action in _FORBIDDEN
+        or (action in _CHANGES and (first in _EVIDENCE or first == "sqlite_master"))
+        or (action == sqlite3.SQLITE_PRAGMA and second is not None and (first or "").lower() not in _PRAGMAS)
+    )
+    return sqlite3.SQLITE_DENY if forbidden else sqlite3.SQLITE_OK
 
 
 def _lock(url: str) -> int:

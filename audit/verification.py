@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -178,7 +178,7 @@ class LogVerifier:
         point = next(points, None)
         if point is not None and point.size == 0:
             point = next(points, None)
-        for rows in _stream(self.connection, self._numbered()).partitions(LEAVES_AT_ONCE):
+        for rows in _partitions(self.connection, self._numbered()):
             committed: dict[tuple[str, str], tuple[int, str]] = {}
             try:
                 for row in rows:
@@ -484,8 +484,16 @@ def _same_leaf() -> Any:
     )
 
 
-def _stream(connection: Connection, query: Select[Any]) -> Any:
-    return connection.execute(query, execution_options={"stream_results": True, "yield_per": LEAVES_AT_ONCE})
+def _stream(connection: Connection, query: Select[Any]) -> Iterator[Row[Any]]:
+    for rows in _partitions(connection, query):
+        yield from rows
+
+
+def _partitions(connection: Connection, query: Select[Any]) -> Iterator[Sequence[Row[Any]]]:
+    """Yield the rows by 64. The cursor is closed whether they are read to the end or not: PostgreSQL keeps it open."""
+    options = {"stream_results": True, "yield_per": LEAVES_AT_ONCE}
+    with closing(connection.execute(query, execution_options=options)) as result:
+        yield from result.partitions(LEAVES_AT_ONCE)
 
 
 def _microseconds(time: str) -> int | None:

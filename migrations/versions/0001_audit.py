@@ -1,8 +1,16 @@
 """The log: evidence with its defences, the journal, and what can be rebuilt from the evidence.
 
 Append-only is enforced by the database. SQLite: triggers against UPDATE, DELETE and (because INSERT OR REPLACE skips
-delete triggers) against inserting what is there; DROP is stopped by the gateway's authorizer. PostgreSQL: row and
-TRUNCATE triggers, ENABLE ALWAYS; rights by role; an event trigger against DDL where the migrating role may make one.
+delete triggers) against inserting what is there, by any of its keys; DROP is stopped by the gateway's authorizer.
+
+PostgreSQL: row and TRUNCATE triggers, ENABLE ALWAYS; an event trigger against DDL outside of a migration; and rights:
+
+    audit_owner    owns the tables, logs in for migrations only
+    audit_writer   the gateways: INSERT and SELECT on evidence
+    audit_reader   officers' tools: SELECT
+
+A superuser runs this step, because an event trigger needs one. The roles are made where they are missing, without
+login: `GRANT audit_writer TO gateway` gives a login its part.
 """
 
 from __future__ import annotations
@@ -23,6 +31,24 @@ EVIDENCE = {
     "content": ("record_id", "part"),
 }
 MUTABLE = ("journal", "writer", "chain", "head", "request_index")
+CLOSING = "('request.completed', 'request.failed', 'request.interrupted')"
+# Every other way by which REPLACE would find a row to delete; SQLite's own `rowid` is one more, for every table.
+OTHER_KEYS = {
+    "leaf": (
+        "record_id = NEW.record_id",
+        f"request_id = NEW.request_id AND type IN {CLOSING} AND NEW.type IN {CLOSING}",
+    ),
+    "leaf_number": ("log = NEW.log AND writer = NEW.writer AND writer_seq = NEW.writer_seq",),
+}
+
+ROLES = ("audit_owner", "audit_writer", "audit_reader")
+FUNCTIONS = ("probity_append_only", "probity_dense_index", "probity_dense_seq", "probity_no_ddl")
+# What would take a defence away. An event trigger does not fire for commands on event triggers: those take a superuser.
+FORBIDDEN_TAGS = (
+    "ALTER FUNCTION", "ALTER ROUTINE", "ALTER RULE", "ALTER SCHEMA", "ALTER TABLE", "ALTER TRIGGER", "CREATE FUNCTION",
+    "CREATE RULE", "CREATE TRIGGER", "DROP FUNCTION", "DROP INDEX", "DROP OWNED", "DROP ROUTINE", "DROP RULE",
+    "DROP SCHEMA", "DROP TABLE", "DROP TRIGGER", "GRANT", "REVOKE",
+)  # fmt: skip
 
 
 def upgrade() -> None:
@@ -39,7 +65,7 @@ def downgrade() -> None:
     for table in (*MUTABLE, *EVIDENCE):
         op.drop_table(table)
     if op.get_bind().dialect.name == "postgresql":
-        for function in ("probity_append_only", "probity_dense_index", "probity_dense_seq", "probity_no_ddl"):
+        for function in FUNCTIONS:
             op.execute(f"DROP FUNCTION IF EXISTS {function}()")
 
 
@@ -51,9 +77,12 @@ def _defend_sqlite() -> None:
                 f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
             )
         same = " AND ".join(f"{column} = NEW.{column}" for column in key)
+        found = " OR ".join(
+            f"EXISTS (SELECT 1 FROM {table} WHERE {where})"  # noqa: S608 - names are ours, above
+            for where in (same, "rowid = NEW.rowid", *OTHER_KEYS.get(table, ()))
+        )
         op.execute(
-            f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} "  # noqa: S608 - names are ours, above
-            f"WHEN EXISTS (SELECT 1 FROM {table} WHERE {same}) "
+            f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} WHEN {found} "
             f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
         )
     op.execute(
@@ -72,27 +101,65 @@ def _defend_postgresql() -> None:
     op.execute(
         "ALTER TABLE leaf ADD CONSTRAINT leaf_hash_is_of_bytes CHECK (leaf_hash = sha256('\\x00'::bytea || bytes))"
     )
+    _make_functions(op.get_bind().execute(sa.text("SELECT quote_ident(current_schema())")).scalar_one())
+    for table in EVIDENCE:
+        _always(table, f"{table}_append_only", "BEFORE UPDATE OR DELETE", "FOR EACH ROW", "probity_append_only")
+        _always(table, f"{table}_no_truncate", "BEFORE TRUNCATE", "FOR EACH STATEMENT", "probity_append_only")
+    _always("leaf_number", "leaf_number_is_dense", "BEFORE INSERT", "FOR EACH ROW", "probity_dense_index")
+    _always("leaf", "leaf_writer_seq_is_dense", "BEFORE INSERT", "FOR EACH ROW", "probity_dense_seq")
+    _give_rights()
+    tags = ", ".join(f"'{tag}'" for tag in FORBIDDEN_TAGS)
+    op.execute(
+        f"CREATE EVENT TRIGGER probity_no_ddl ON ddl_command_start WHEN TAG IN ({tags}) "
+        "EXECUTE FUNCTION probity_no_ddl()"
+    )
+    op.execute("ALTER EVENT TRIGGER probity_no_ddl ENABLE ALWAYS")
+
+
+def _make_functions(schema: str) -> None:
+    """Tables are named with their schema: a temporary table of the same name would be found first, and be empty."""
     op.execute(
         "CREATE FUNCTION probity_append_only() RETURNS trigger LANGUAGE plpgsql AS "
         "$$ BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME USING ERRCODE = 'insufficient_privilege'; END $$"
     )
-    for table in EVIDENCE:
-        _always(table, f"{table}_append_only", "BEFORE UPDATE OR DELETE", "FOR EACH ROW", "probity_append_only")
-        _always(table, f"{table}_no_truncate", "BEFORE TRUNCATE", "FOR EACH STATEMENT", "probity_append_only")
-    op.execute(
-        "CREATE FUNCTION probity_dense_index() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "IF NEW.leaf_index <> (SELECT COALESCE(MAX(leaf_index) + 1, 0) FROM leaf_number WHERE log = NEW.log) THEN "
+    op.execute(  # the schema's name is quoted by the server
+        "CREATE FUNCTION probity_dense_index() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "  # noqa: S608
+        "IF NEW.leaf_index <> (SELECT COALESCE(MAX(leaf_index) + 1, 0) FROM " + schema + ".leaf_number "
+        "WHERE log = NEW.log) THEN "
         "RAISE EXCEPTION 'leaf indexes are dense' USING ERRCODE = 'check_violation'; END IF; RETURN NEW; END $$"
     )
-    op.execute(
-        "CREATE FUNCTION probity_dense_seq() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "IF NEW.writer_seq <> (SELECT COALESCE(MAX(writer_seq) + 1, 0) FROM leaf "
+    op.execute(  # the schema's name is quoted by the server
+        "CREATE FUNCTION probity_dense_seq() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "  # noqa: S608
+        "IF NEW.writer_seq <> (SELECT COALESCE(MAX(writer_seq) + 1, 0) FROM " + schema + ".leaf "
         "WHERE log = NEW.log AND writer = NEW.writer) THEN "
         "RAISE EXCEPTION 'a writer numbers its leaves densely' USING ERRCODE = 'check_violation'; END IF; "
         "RETURN NEW; END $$"
     )
-    _always("leaf_number", "leaf_number_is_dense", "BEFORE INSERT", "FOR EACH ROW", "probity_dense_index")
-    _always("leaf", "leaf_writer_seq_is_dense", "BEFORE INSERT", "FOR EACH ROW", "probity_dense_seq")
+    op.execute(
+        "CREATE FUNCTION probity_no_ddl() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF current_setting('probity.migration', true) IS DISTINCT FROM 'on' THEN "
+        "RAISE EXCEPTION '% is refused in the database of the log', TG_TAG "
+        "USING ERRCODE = 'insufficient_privilege'; END IF; END $$"
+    )
+
+
+def _give_rights() -> None:
+    for role in ROLES:
+        op.execute(
+            f"DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') THEN "
+            f"CREATE ROLE {role} NOLOGIN; END IF; END $$"
+        )
+    op.execute("DO $$ BEGIN EXECUTE format('REVOKE CREATE ON SCHEMA %I FROM PUBLIC', current_schema()); END $$")
+    for table in (*EVIDENCE, *MUTABLE):
+        op.execute(f"ALTER TABLE {table} OWNER TO audit_owner")
+        op.execute(f"REVOKE ALL ON {table} FROM PUBLIC, audit_writer, audit_reader")
+        op.execute(f"GRANT SELECT ON {table} TO audit_reader")
+        op.execute(f"GRANT SELECT, INSERT ON {table} TO audit_writer")
+    for table in EVIDENCE:
+        op.execute(f"REVOKE UPDATE, DELETE, TRUNCATE ON {table} FROM audit_owner")
+    for table in MUTABLE:
+        op.execute(f"GRANT UPDATE ON {table} TO audit_writer")
+    op.execute("GRANT DELETE ON journal TO audit_writer")
 
 
 def _always(table: str, trigger: str, when: str, level: str, function: str) -> None:
