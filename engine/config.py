@@ -1,0 +1,49 @@
+"""What the engine is told at start: frozen, every bad value named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# EngineStartError        catch this: the engine does not start; the message says what to do
+# ├── ConfigError         a value of EngineConfig
+# ├── WeightsError        weights.py: a file of the model directory
+# └── UnsupportedModel    an architecture or feature that cannot be served exactly
+
+
+class EngineStartError(Exception):
+    """The engine does not start."""
+
+
+class ConfigError(EngineStartError):
+    """Values of the configuration are out of range; all of them are named."""
+
+
+class UnsupportedModel(EngineStartError):
+    """The model cannot be served exactly."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    model: Path  # a directory in the Hugging Face layout
+    threads: int | None = None  # CPU threads, ≥ 1; None: torch decides
+    kv_cache_mib: int = 256  # ≥ 1; memory for keys and values
+    max_sequences: int = 64  # sequences in one step, ≥ 1
+    max_tokens_per_step: int = 512  # ≥ max_sequences
+    max_waiting: int = 256  # sequences that may wait, ≥ 0
+    context_length: int | None = None  # ≥ 2; None: the model's own
+    stuck_after_s: float = 60.0  # > 0
+
+    def __post_init__(self) -> None:
+        least = {"kv_cache_mib": 1, "max_sequences": 1, "max_tokens_per_step": 1, "max_waiting": 0}
+        wrong = [f"`{name}` must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        if self.threads is not None and self.threads < 1:
+            wrong.append("`threads` must be at least 1")
+        if self.context_length is not None and self.context_length < 2:
+            wrong.append("`context_length` must be at least 2")
+        if self.max_tokens_per_step < self.max_sequences:
+            wrong.append("`max_tokens_per_step` must be at least `max_sequences`")
+        if not self.stuck_after_s > 0:
+            wrong.append("`stuck_after_s` must be above 0")
+        if wrong:
+            raise ConfigError("; ".join(wrong))

@@ -1,0 +1,49 @@
+"""Loading: a configuration in, a running engine out. The engine's composition root."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.limits import EngineLimits
+from engine.model_runner import LINEARS, ModelRunner, blocks_in, choose_linear
+from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
+from engine.numeric_policy import digest, numeric_policy
+from engine.runtime import EngineRuntime, RuntimeTimes
+from engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from engine.weights import digest_directory, load_parameters, read_json
+
+
+def load_engine(config: EngineConfig) -> EngineRuntime:
+    """Load the model and start the engine's thread.
+
+    Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    version = digest_directory(config.model)
+    tokenizer = Tokenizer(config.model)
+    shape = DecoderConfig.from_json(read_json(config.model, "config.json"))
+    chosen = choose_linear(shape)
+    decoder = Decoder(shape, load_parameters(config.model, parameter_shapes(shape)), LINEARS[chosen])
+    core = EngineCore(
+        ModelRunner(decoder, blocks_in(config.kv_cache_mib, shape)),
+        EngineLimits(
+            context_length=min(config.context_length or shape.max_position_embeddings, shape.max_position_embeddings),
+            vocabulary_size=shape.vocab_size,
+            max_sequences=config.max_sequences,
+            token_budget=config.max_tokens_per_step,
+            chunk_tokens=config.max_tokens_per_step,
+            waiting_limit=config.max_waiting,
+        ),
+        eos_ids=tokenizer.eos_ids,
+        detokenizer_for=lambda sampling: IncrementalDetokenizer(tokenizer, sampling.stop),
+    )
+    return EngineRuntime(
+        core,
+        tokenizer,
+        version,
+        digest(numeric_policy(chosen)),
+        times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
+    )

@@ -1,0 +1,115 @@
+"""The model runner: a step's plan → tensors → logits → sampled tokens. Knows rows, not requests.
+
+Owns the paged cache. What it computes for a row depends on that row alone: the kernels keep it, `verify_invariance`
+checks the machine for it at start, and where the library's product does not keep it a slower one takes its place and
+stands in the numeric policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config import EngineStartError
+from engine.logprobs import log_softmax, token_logprob
+from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs
+from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
+from engine.request import TokenLogprob
+from engine.sampler import sample
+from kernels.linear import Linear, linear, linear_fixed_tiles, verify_invariance
+
+BYTES_PER_VALUE = 2  # bfloat16
+
+
+class InvarianceUnavailable(EngineStartError):
+    """No product of this machine gives a row the same bits among any neighbours."""
+
+
+LINEARS: dict[str, Linear] = {"library": linear, "fixed_tiles": linear_fixed_tiles}
+
+
+def choose_linear(config: DecoderConfig) -> str:
+    """Return the name of the fastest product that is invariant here for every shape of the model.
+
+    Raises:
+        InvarianceUnavailable: none is.
+    """
+    for name, function in LINEARS.items():
+        if verify_invariance(function, config.linear_shapes(), torch.bfloat16):
+            return name
+    raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
+
+
+class ModelRunner:
+    """`plan.Runner` on a decoder. One thread at a time."""
+
+    def __init__(self, decoder: Decoder, block_count: int) -> None:
+        config = decoder.config
+        shape = (block_count, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+        self._decoder = decoder
+        self._block_count = block_count
+        self._caches = [
+            KVCache(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+            for _ in range(config.num_hidden_layers)
+        ]
+
+    @property
+    def block_count(self) -> int:
+        return self._block_count
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        sampling = [row for row in plan.rows if row.sampling is not None]
+        logits = self._decoder.forward(_inputs(plan.rows), self._caches)
+        return StepResult(_in_place(plan.rows, _sample(sampling, logits)))
+
+
+def _inputs(rows: Sequence[RowPlan]) -> StepInputs:
+    tokens = [token for row in rows for token in row.tokens]
+    positions = [row.start + offset for row in rows for offset in range(len(row.tokens))]
+    width = max(len(row.block_table) for row in rows)
+    table = torch.tensor([[*row.block_table, *(0,) * (width - len(row.block_table))] for row in rows])
+    sequence_of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row.tokens) for row in rows]))
+    position_of = torch.tensor(positions)
+    slots = table[sequence_of, position_of // BLOCK_SIZE] * BLOCK_SIZE + position_of % BLOCK_SIZE
+    ends, end = [], 0
+    for row in rows:
+        end += len(row.tokens)
+        if row.sampling is not None:
+            ends.append(end - 1)
+    return StepInputs(
+        tokens=torch.tensor(tokens),
+        positions=position_of,
+        sequence_of=sequence_of,
+        block_table=table,
+        slots=slots,
+        sampled=torch.tensor(ends, dtype=torch.long),
+    )
+
+
+def _sample(rows: Sequence[RowPlan], logits: Tensor) -> list[TokenLogprob]:
+    if not rows:
+        return []
+    logprobs = log_softmax(logits)
+    scores = logits.numpy()
+    sampled = []
+    for index, row in enumerate(rows):
+        params = row.sampling
+        assert params is not None  # only rows that sample were handed in
+        token = sample(scores[index], params, row.context_length)
+        alternatives = params.top_logprobs if params.logprobs else 0
+        sampled.append(token_logprob(logprobs[index], token, alternatives))
+    return sampled
+
+
+def _in_place(rows: Sequence[RowPlan], sampled: list[TokenLogprob]) -> tuple[TokenLogprob | None, ...]:
+    taken = iter(sampled)
+    return tuple(next(taken) if row.sampling is not None else None for row in rows)
+
+
+def blocks_in(mebibytes: int, config: DecoderConfig) -> int:
+    """Return how many KV blocks of all layers fit into that much memory, at least one."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BYTES_PER_VALUE
+    return max(1, (mebibytes << 20) // (per_token * BLOCK_SIZE))

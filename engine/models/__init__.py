@@ -1,0 +1,1 @@
+"""Model families: one file each, names as in Hugging Face."""

@@ -1,0 +1,273 @@
+"""Llama, Mistral, Qwen2 and Qwen3, by configuration: one decoder, names as in Hugging Face.
+
+    embed ─▶ [ norm ─▶ qkv ─▶ (q, k norm) ─▶ rope ─▶ store ─▶ attention ─▶ o ─▶ norm ─▶ gate·up ─▶ down ] ─▶ norm ─▶ logits
+
+What differs between them is a bias on qkv (Qwen2), a norm on each head (Qwen3), the rope scaling. A feature that is not
+computed exactly here is refused when the configuration is read, by name. Layers take the step's inputs as an argument;
+nothing is global. q, k, v and gate, up are one product each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import UnsupportedModel
+from kernels.linear import Linear
+from kernels.paged_attention import paged_attention
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope_store import rope, store_kv
+from kernels.silu_mul import silu_mul
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """The members of `config.json` that the arithmetic depends on."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: Mapping[str, float] | None  # llama3: factor, low_freq_factor, high_freq_factor, original_max_…
+    max_position_embeddings: int
+    qkv_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DecoderConfig:
+        """Read a Hugging Face configuration.
+
+        Raises:
+            UnsupportedModel: an architecture, or a feature of it, that is not computed exactly here.
+        """
+        architecture = (values.get("architectures") or ["none"])[0]
+        family = ARCHITECTURES.get(architecture)
+        if family is None:
+            raise UnsupportedModel(f"`{architecture}` is not served; there are {', '.join(ARCHITECTURES)}")
+        _refuse_features(values, family)
+        rope_parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        heads = values["num_attention_heads"]
+        return cls(
+            family=family,
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=values["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+            rms_norm_eps=values["rms_norm_eps"],
+            rope_theta=rope_parameters.get("rope_theta") or values.get("rope_theta") or 10_000.0,
+            rope_scaling=_scaling(rope_parameters),
+            max_position_embeddings=values["max_position_embeddings"],
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+            tie_word_embeddings=bool(values.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        return (
+            self.num_attention_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+            self.num_key_value_heads * self.head_dim,
+        )
+
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """Return the (N, K) of every product of a layer and of the logits."""
+        return [
+            (sum(self.qkv_sizes), self.hidden_size),
+            (self.hidden_size, self.qkv_sizes[0]),
+            (2 * self.intermediate_size, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+            (self.vocab_size, self.hidden_size),
+        ]
+
+
+def _refuse_features(values: Mapping[str, Any], family: str) -> None:
+    if values.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel("`hidden_act` is not `silu`")
+    if values.get("quantization_config"):
+        raise UnsupportedModel("`quantization_config`: quantized weights are not served")
+    window = values.get("sliding_window")
+    uses_window = family == "mistral" or values.get("use_sliding_window")
+    if uses_window and window is not None and window < values["max_position_embeddings"]:
+        raise UnsupportedModel(f"`sliding_window` of {window} is shorter than the context and is not served")
+    if values.get("mlp_bias") or (values.get("attention_bias") and family != "qwen2"):
+        raise UnsupportedModel("`mlp_bias` and `attention_bias` are not served")
+
+
+def _scaling(parameters: Mapping[str, Any]) -> Mapping[str, float] | None:
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise UnsupportedModel(f"`rope_type` `{kind}` is not served")
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {name: float(parameters[name]) for name in names}
+
+
+def inverse_frequencies(config: DecoderConfig) -> Tensor:
+    """Return the angle a position adds, by pair, [D/2] float32. Source: Hugging Face's `llama3` rope scaling."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    length, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelength = 2 * math.pi / frequencies
+    smooth = (length / wavelength - low) / (high - low)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = torch.where(wavelength > length / low, frequencies / factor, frequencies)
+    between = (wavelength <= length / low) & (wavelength >= length / high)
+    return torch.where(between, blended, scaled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tensors of one step. T tokens, S sequences."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    sequence_of: Tensor  # [T] int64
+    block_table: Tensor  # [S, M] int64
+    slots: Tensor  # [T] int64
+    sampled: Tensor  # [R] int64  which tokens' logits are wanted
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    key: Tensor  # [N, P, G, D]
+    value: Tensor  # [N, P, G, D]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One block's parameters, fused where one product reads them."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    post_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class Decoder:
+    """The parameters, and the arithmetic from tokens to logits."""
+
+    def __init__(self, config: DecoderConfig, parameters: Mapping[str, Tensor], linear: Linear) -> None:
+        """Take the parameters by their Hugging Face names; weights.py has checked that they are exactly these."""
+        self.config = config
+        self._linear = linear
+        self._embedding = parameters["model.embed_tokens.weight"]
+        self._layers = [_layer(config, parameters, index) for index in range(config.num_hidden_layers)]
+        self._norm = parameters["model.norm.weight"]
+        self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+        angles = torch.arange(config.max_position_embeddings).float()[:, None] * inverse_frequencies(config)
+        self._cos, self._sin = angles.cos(), angles.sin()
+
+    def forward(self, inputs: StepInputs, caches: list[KVCache]) -> Tensor:
+        """Return the logits of the sampled tokens, [R, V] float32; keys and values are stored on the way."""
+        epsilon = self.config.rms_norm_eps
+        cos, sin = self._cos[inputs.positions], self._sin[inputs.positions]
+        residual = F.embedding(inputs.tokens, self._embedding)
+        normed = rms_norm(residual, self._layers[0].input_norm, epsilon)
+        for index, layer in enumerate(self._layers):
+            attended = self._attention(layer, normed, inputs, caches[index], cos, sin)
+            normed, residual = add_rms_norm(attended, residual, layer.post_norm, epsilon)
+            fed = self._linear(silu_mul(self._linear(normed, layer.gate_up, None)), layer.down, None)
+            last = index + 1 == len(self._layers)
+            weight = self._norm if last else self._layers[index + 1].input_norm
+            normed, residual = add_rms_norm(fed, residual, weight, epsilon)
+        return self._linear(normed[inputs.sampled], self._head, None).float()
+
+    def _attention(
+        self, layer: Layer, normed: Tensor, inputs: StepInputs, cache: KVCache, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        config, tokens = self.config, normed.shape[0]
+        query, key, value = torch.split(self._linear(normed, layer.qkv, layer.qkv_bias), config.qkv_sizes, dim=-1)
+        query = query.view(tokens, config.num_attention_heads, config.head_dim)
+        key = key.view(tokens, config.num_key_value_heads, config.head_dim)
+        value = value.view(tokens, config.num_key_value_heads, config.head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query = rms_norm(query, layer.q_norm, config.rms_norm_eps)
+            key = rms_norm(key, layer.k_norm, config.rms_norm_eps)
+        store_kv(rope(key, cos, sin), value, cache.key, cache.value, inputs.slots)
+        attended = paged_attention(
+            rope(query, cos, sin),
+            cache.key,
+            cache.value,
+            inputs.block_table,
+            inputs.sequence_of,
+            inputs.positions,
+            config.head_dim**-0.5,
+        )
+        return self._linear(attended.reshape(tokens, -1), layer.o, None)
+
+
+def _layer(config: DecoderConfig, parameters: Mapping[str, Tensor], index: int) -> Layer:
+    prefix = f"model.layers.{index}"
+    qkv = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
+    return Layer(
+        input_norm=parameters[f"{prefix}.input_layernorm.weight"],
+        qkv=torch.cat([parameters[f"{name}.weight"] for name in qkv]),
+        qkv_bias=torch.cat([parameters[f"{name}.bias"] for name in qkv]) if config.qkv_bias else None,
+        q_norm=parameters[f"{prefix}.self_attn.q_norm.weight"] if config.qk_norm else None,
+        k_norm=parameters[f"{prefix}.self_attn.k_norm.weight"] if config.qk_norm else None,
+        o=parameters[f"{prefix}.self_attn.o_proj.weight"],
+        post_norm=parameters[f"{prefix}.post_attention_layernorm.weight"],
+        gate_up=torch.cat([parameters[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")]),
+        down=parameters[f"{prefix}.mlp.down_proj.weight"],
+    )
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Return every parameter that a checkpoint of this configuration holds, by name, with its shape."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    for index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{index}"
+        for part, size in zip("qkv", config.qkv_sizes, strict=True):
+            shapes[f"{prefix}.self_attn.{part}_proj.weight"] = (size, hidden)
+            if config.qkv_bias:
+                shapes[f"{prefix}.self_attn.{part}_proj.bias"] = (size,)
+        if config.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (config.head_dim,)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (hidden, config.qkv_sizes[0])
+        shapes[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+    return shapes

@@ -1,0 +1,71 @@
+"""The numeric policy: everything that the bits of an answer depend on beside its model and its request.
+
+Bits repeat under an equal policy, and nothing is claimed across different ones. Its digest is the OpenAI
+`system_fingerprint`. SHA-256 of canonical JSON, for example (shortened):
+
+    {"cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":"fixed_tiles","machine":"x86_64",
+     "numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.resources import files
+
+import numpy as np
+import torch
+
+from kernels import linear as linear_kernel
+from kernels import paged_attention
+
+
+def numeric_policy(linear: str) -> dict[str, str | int]:
+    """Return the policy of this process, after its thread count was set. `linear` is the product that was chosen."""
+    return {
+        "v": 1,
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "instructions": _instructions(),
+        "torch": torch.__version__,
+        "build": "sha256:" + hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "dtype": "bfloat16",
+        "linear": linear,
+        "linear_tile_rows": linear_kernel.TILE_M,
+        "attention_tile": paged_attention.TILE,
+        "attention_segment": paged_attention.SEGMENT,
+        "attention_rows": paged_attention.ROWS,
+        "kernels": _sources("kernels"),
+        "arithmetic": _sources("engine.models", "engine"),
+    }
+
+
+def digest(policy: dict[str, str | int]) -> str:
+    canonical = json.dumps(policy, sort_keys=True, separators=(",", ":")).encode()
+    return "sha256:" + hashlib.sha256(canonical).hexdigest()
+
+
+_ARITHMETIC = frozenset({"decoder.py", "sampler.py", "logprobs.py", "model_runner.py"})
+
+
+def _sources(*packages: str) -> str:
+    """Return the digest of the source files that compute."""
+    mixed = hashlib.sha256()
+    for package in packages:
+        for file in sorted(files(package).iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py") and (package == "kernels" or file.name in _ARITHMETIC):
+                mixed.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return "sha256:" + mixed.hexdigest()
+
+
+def _instructions() -> str:
+    """Return the digest of the CPU's instruction sets: libraries choose their kernels by them."""
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+            flags = next((line.partition(":")[2].split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        flags = [platform.processor()]
+    return "sha256:" + hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest()

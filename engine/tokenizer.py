@@ -1,0 +1,213 @@
+"""Text ↔ tokens: chat template, encoding, and text as it becomes certain while tokens arrive.
+
+A control token is written by the template or by the model, never by a user: a message whose content spells one out is
+refused, and plain text is encoded with such spellings as the plain text they are. Templates run in Jinja's sandbox.
+
+Source: Hugging Face tokenizers (tokenizer.json); the byte alphabet of GPT-2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from engine.config import UnsupportedModel
+from engine.request import RequestRefused
+from engine.weights import WeightsError, chat_template, read_json
+
+REPLACEMENT = "\ufffd"
+MAX_HELD_TOKENS = 8  # an incomplete character is at most four bytes, so at most four byte tokens
+
+
+class Tokenizer:
+    """`runtime.Codec` over a model directory."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises: WeightsError, UnsupportedModel."""
+        config = read_json(directory, "tokenizer_config.json")
+        self._tokenizer = _load(directory)
+        self._plain = _load(directory)
+        self._plain.encode_special_tokens = True  # `<|im_end|>` in plain text is ten characters
+        self._special = frozenset(
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
+        )
+        self._variables = {
+            name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        self._template = _compile(chat_template(directory))
+        self.eos_ids = self._eos(directory)
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """Return the prompt text, generation prompt included.
+
+        Raises: RequestRefused: the model has no template, the template refuses, or content spells a control token.
+        """
+        if self._template is None:
+            raise RequestRefused("this model has no chat template; use `/v1/completions`", param="messages")
+        for message in messages:
+            content = str(message["content"])
+            if any(special in content for special in self._special):
+                raise RequestRefused("a message spells out a control token of the model; remove it", param="messages")
+        try:
+            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._variables))
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise RequestRefused("the model's chat template refuses these messages", param="messages") from error
+
+    def encode(self, text: str, *, chat: bool) -> list[int]:
+        """Return token ids; see `request.Engine.encode`."""
+        if chat:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._plain.encode(text, add_special_tokens=True).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens; control tokens have none."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> bytes:
+        """Return the bytes of one token; of a control token, its name."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None:
+            return b""
+        if name in self._special or not self._is_byte_level:
+            return name.encode() if name in self._special else self.decode([token]).encode()
+        return bytes(_BYTE_OF[character] for character in name if character in _BYTE_OF)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        name = self._tokenizer.decoder.__class__.__name__
+        return name == "ByteLevel" or "ByteLevel" in str(self._tokenizer.decoder)
+
+    def _eos(self, directory: Path) -> frozenset[int]:
+        """Return every id that ends an answer: the tokenizer's, and those of generation_config.json."""
+        ids: set[int] = set()
+        name = self._variables["eos_token"]
+        if name is not None and (token := self._tokenizer.token_to_id(name)) is not None:
+            ids.add(token)
+        for file in ("generation_config.json", "config.json"):
+            if (directory / file).exists():
+                value = read_json(directory, file).get("eos_token_id")
+                ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        if not ids:
+            raise UnsupportedModel("the model names no end-of-sequence token; answers would never end")
+        return frozenset(ids)
+
+
+class IncrementalDetokenizer:
+    """Tokens of one output → its text, as soon as it is certain.
+
+    What may still be part of a character or of a stop string is held. The released pieces, joined, are the decoded
+    text up to the first stop string, however the tokens were split into pushes.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._longest_stop = max(map(len, stop), default=0)
+        self._tokens: list[int] = []  # those whose text may depend on each other
+        self._read = ""  # the text of self._tokens that was taken already
+        self._held = ""  # taken text that may begin a stop string
+        self._stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, bool]:
+        """Return the text now certain, and whether a stop string was completed: it and what follows it is dropped."""
+        released: list[str] = []
+        for token in token_ids:
+            if self._stopped:
+                break
+            released.append(self._take(self._text_of(token)))
+        return "".join(released), self._stopped
+
+    def finish(self) -> str:
+        """Return what is still held back, once no token will follow."""
+        if self._stopped:
+            return ""
+        rest = self._tokenizer.decode(self._tokens)[len(self._read) :]
+        self._tokens, self._read = [], ""
+        released = self._take(rest)
+        if self._stopped:
+            return released
+        held, self._held = self._held, ""
+        return released + held
+
+    def _text_of(self, token: int) -> str:
+        """Return the text that `token` completes; none while a character is incomplete."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith(REPLACEMENT) and len(self._tokens) <= MAX_HELD_TOKENS:
+            return ""
+        new = text[len(self._read) :]
+        # The last token stays as context: some decoders strip a blank that begins a text.
+        self._tokens = self._tokens[-1:]
+        self._read = self._tokenizer.decode(self._tokens)
+        return new
+
+    def _take(self, text: str) -> str:
+        """Add text behind what is held, and return what no stop string can claim any more."""
+        if not self._stop:
+            return text
+        self._held += text
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self._stopped = True
+            return self._held[: min(found)]
+        keep = self._undecided()
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return released
+
+    def _undecided(self) -> int:
+        """Return how many characters at the end of the held text may begin a stop string."""
+        for length in range(min(self._longest_stop - 1, len(self._held)), 0, -1):
+            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def _load(directory: Path) -> tokenizers.Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise WeightsError("`tokenizer.json` is missing in the model directory; save it with a fast tokenizer")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for a file it cannot read
+        raise WeightsError("`tokenizer.json` of the model directory cannot be read") from error
+
+
+def _compile(source: str) -> Any:
+    if not source:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(source)
+    except TemplateError as error:
+        raise UnsupportedModel("the model's chat template is not valid Jinja") from error
+
+
+def _refuse(message: str) -> str:
+    raise TemplateError(message)
+
+
+def _content(token: Any) -> str | None:
+    """Special tokens stand in the configuration as text, or as an object around it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Return which byte each character of a byte-level vocabulary stands for (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = [*map(chr, printable), *(chr(256 + index) for index in range(len(others)))]
+    return dict(zip(characters, [*printable, *others], strict=True))
+
+
+_BYTE_OF = _byte_alphabet()
