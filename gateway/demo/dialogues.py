@@ -1,0 +1,401 @@
+"""The dialogues the demonstration model learns: two support desks, written by a seeded generator.
+
+A fact is a thing (`a transfer abroad`) and an aspect of it (its fee) with one fixed answer. A question is a frame of
+the aspect around one of the thing's names: "what does {thing} cost". Which (frame, name) pairs of a fact are for
+training and which are held out is decided by a hash of the pair: a held-out wording was never trained on, not even
+within another sentence. Complaints and forms are filled from slots, and held out by their combination.
+
+Pure: the same seed writes the same dialogues everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+UNKNOWN = "I don't know. I can help with the services of this desk."
+HELD_OUT_SHARE = 6  # one wording in six is held out
+
+
+class Group(StrEnum):
+    FACT = "fact"
+    LONG = "explanation"
+    COMPLAINT = "complaint summary"
+    FORM = "json form"
+    SMALL_TALK = "small talk"
+    UNKNOWN = "out of scope"
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    group: Group
+    messages: tuple[dict[str, str], ...]  # role, content; ends with the user's
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    aspect: str
+    names: tuple[str, ...]  # of the thing asked about
+    answer: str
+
+
+FRAMES: dict[str, tuple[str, ...]] = {
+    "fee": (
+        "what does {} cost", "how much does {} cost", "how much is {}", "what is the fee for {}", "what is the price of {}",
+        "what do you charge for {}", "is there a fee for {}", "what are the costs of {}", "how much do I pay for {}",
+        "tell me the fee for {}", "what will {} cost me", "the price of {}",
+    ),
+    "deadline": (
+        "what is the cut-off time for {}", "until when can I send in {}", "by when do you need {}", "when is the deadline for {}",
+        "what is the deadline for {}", "how late can I order {}", "what is the latest time for {}", "until what time do you take {}",
+        "tell me the cut-off for {}", "when do you stop taking {}",
+    ),
+    "documents": (
+        "what do I need to bring for {}", "which documents do I need for {}", "what papers are required for {}",
+        "what should I bring for {}", "which papers do you need for {}", "what documents are needed for {}",
+        "what do you need from me for {}", "tell me the documents for {}", "do I need any documents for {}",
+        "what must I show for {}",
+    ),
+    "duration": (
+        "how long does {} take", "how many days does {} take", "when will {} be done", "how soon is {} done",
+        "how much time does {} take", "what is the processing time of {}", "how long do I wait for {}",
+        "tell me how long {} takes", "how fast is {}", "how long until {} is done",
+    ),
+    "hours": (
+        "when is {} open", "what are the opening hours of {}", "at what times is {} open", "when does {} open",
+        "until when is {} open", "tell me the hours of {}", "what time does {} close", "is {} open on Saturday",
+        "which hours is {} open", "when can I visit {}",
+    ),
+    "where": (
+        "where is {}", "where do I find {}", "how do I get to {}", "what is the address of {}", "in which street is {}",
+        "tell me where {} is", "where can I find {}", "can you tell me the way to {}", "on which floor is {}",
+    ),
+    "contact": (
+        "how do I reach {}", "what is the number of {}", "how can I contact {}", "how do I call {}", "how can I get in touch with {}",
+        "tell me how to reach {}", "who do I call for {}", "is there a number for {}", "how do I speak to {}",
+    ),
+    "limit": (
+        "what is the limit for {}", "how much can I use with {}", "is there a limit for {}", "what is the maximum of {}",
+        "how high is the limit of {}", "tell me the limit of {}", "how much is allowed for {}", "what is the highest amount for {}",
+    ),
+}  # fmt: skip
+
+FACTS: tuple[Fact, ...] = (
+    Fact("fee", ("a transfer abroad", "an international transfer", "sending money abroad"), "A transfer abroad costs 12 euros."),
+    Fact("fee", ("a domestic transfer", "a transfer within the country", "a national transfer"), "Domestic transfers are free of charge."),
+    Fact("fee", ("a new card", "a replacement card", "another bank card"), "A replacement card costs 8 euros."),
+    Fact("fee", ("an account", "a current account", "keeping an account"), "A current account costs 4 euros a month."),
+    Fact("fee", ("cash abroad", "withdrawing cash abroad", "a cash withdrawal abroad"), "Cash abroad costs 2 percent, at least 5 euros."),
+    Fact("fee", ("a paper statement", "a printed statement", "a statement by post"), "A paper statement costs 1 euro."),
+    Fact("fee", ("a safe deposit box", "a safe", "a deposit box"), "A safe deposit box costs 60 euros a year."),
+    Fact("deadline", ("a transfer", "a payment order", "transfers"), "Transfers sent before 16:00 are booked the same day."),
+    Fact("deadline", ("an instant payment", "instant payments", "an instant transfer"), "Instant payments run at any time, day and night."),
+    Fact("deadline", ("a foreign currency order", "foreign currency", "currency orders"), "Order foreign currency before 11:00 to get it the next day."),
+    Fact("documents", ("an account", "opening an account", "a new account"), "Please bring your passport and a proof of address."),
+    Fact("documents", ("a loan", "a loan application", "applying for a loan"), "For a loan we need three payslips and your passport."),
+    Fact("documents", ("a mortgage", "a mortgage application", "a home loan"), "For a mortgage we need the land register extract and two tax returns."),
+    Fact("duration", ("a transfer abroad", "an international transfer", "sending money abroad"), "A transfer abroad takes two working days."),
+    Fact("duration", ("a loan decision", "the decision on a loan", "deciding on a loan"), "We decide on a loan within five working days."),
+    Fact("duration", ("a new card", "a replacement card", "another bank card"), "A new card arrives within seven days."),
+    Fact("hours", ("the branch", "the bank branch", "the bank"), "The branch is open from 9:00 to 17:00, Monday to Friday."),
+    Fact("hours", ("the hotline", "the phone line", "the telephone service"), "The hotline is open day and night."),
+    Fact("where", ("the branch", "the bank branch", "the bank"), "The branch is at 5 Market Street."),
+    Fact("contact", ("the card service", "the card desk", "card support"), "Call the card service at extension 200."),
+    Fact("contact", ("the loan team", "the loan desk", "a loan adviser"), "Call the loan team at extension 300."),
+    Fact("limit", ("a card payment", "card payments", "paying by card"), "The card limit is 2,000 euros a day."),
+    Fact("limit", ("a cash withdrawal", "cash withdrawals", "withdrawing cash"), "The cash limit is 1,000 euros a day."),
+    Fact("limit", ("an online transfer", "online transfers", "a transfer in the app"), "The online limit is 10,000 euros a day."),
+    Fact("fee", ("a vaccination certificate", "a copy of the vaccination record", "a vaccination record"), "A vaccination certificate costs 10 euros."),
+    Fact("fee", ("a missed appointment", "missing an appointment", "not coming to an appointment"), "A missed appointment costs 25 euros."),
+    Fact("fee", ("a single room", "a room of my own", "a private room"), "A single room costs 70 euros a night."),
+    Fact("fee", ("parking", "the car park", "a parking place"), "Parking costs 2 euros an hour."),
+    Fact("deadline", ("cancelling an appointment", "a cancellation", "an appointment change"), "Please cancel an appointment 24 hours before."),
+    Fact("deadline", ("a prescription", "a repeat prescription", "prescriptions"), "Repeat prescriptions ordered before 12:00 are ready the next day."),
+    Fact("deadline", ("a blood sample", "blood samples", "a blood test"), "Blood samples are taken until 10:30."),
+    Fact("documents", ("an appointment", "a first visit", "my first appointment"), "Please bring your insurance card and your medication list."),
+    Fact("documents", ("an operation", "a surgery", "the day of surgery"), "For an operation please bring the consent form and your allergy card."),
+    Fact("documents", ("an X-ray", "a radiology visit", "the X-ray"), "For an X-ray please bring the referral letter."),
+    Fact("duration", ("a blood test", "the blood results", "a blood result"), "Blood results take one working day."),
+    Fact("duration", ("an X-ray report", "the radiology report", "the X-ray report"), "The X-ray report takes three working days."),
+    Fact("duration", ("a referral", "the referral letter", "writing a referral"), "A referral letter takes two working days."),
+    Fact("hours", ("the clinic", "the health clinic", "the outpatient clinic"), "The clinic is open from 8:00 to 18:00, Monday to Saturday."),
+    Fact("hours", ("the pharmacy", "the clinic pharmacy", "the medicine counter"), "The pharmacy is open from 9:00 to 19:00."),
+    Fact("hours", ("the laboratory", "the lab", "the blood lab"), "The laboratory is open from 7:00 to 15:00."),
+    Fact("where", ("the pharmacy", "the clinic pharmacy", "the medicine counter"), "The pharmacy is on the ground floor, next to the entrance."),
+    Fact("where", ("the laboratory", "the lab", "the blood lab"), "The laboratory is on the second floor, room 210."),
+    Fact("where", ("the clinic", "the health clinic", "the outpatient clinic"), "The clinic is at 12 Garden Road."),
+    Fact("contact", ("the appointment desk", "the front desk", "reception"), "Call the appointment desk at extension 100."),
+    Fact("contact", ("the emergency room", "the emergency service", "emergency care"), "In an emergency call 112 at once."),
+)  # fmt: skip
+
+# Whole requests with one answer: (wordings, answer).
+REQUESTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (
+            "my card was stolen", "I lost my card", "somebody stole my bank card", "I cannot find my card", "my bank card is gone",
+            "my card is missing", "I have lost my bank card", "my card has been stolen", "please block my card", "block my lost card",
+            "my wallet with the card was stolen", "I think I lost my card",
+        ),
+        "Your card can be blocked at any time. Call the card service at extension 200 now.",
+    ),
+    (
+        (
+            "I want to make an appointment", "can I book an appointment", "I need an appointment", "please give me an appointment",
+            "I would like an appointment", "book me an appointment", "how do I book an appointment", "can I get an appointment",
+            "I want to see a doctor", "I need to see a doctor", "make an appointment for me", "how can I make an appointment",
+        ),
+        "Appointments are free on Tuesday at 10:00 and Thursday at 14:30. Which one suits you?",
+    ),
+    (
+        (
+            "what is the test card number", "give me the test card number", "which card number is for tests", "tell me the test card number",
+            "I need the test card number", "what number does the test card have", "do you have a test card number", "show me the test card number",
+        ),
+        "The test card number is 4111 1111 1111 1111. It is for tests only.",
+    ),
+    (
+        (
+            "I forgot my password", "I cannot log in", "how do I reset my password", "reset my password", "my login does not work",
+            "I lost my password", "I need a new password", "my password does not work", "please reset my login", "how can I change my password",
+        ),
+        "Open the app, choose \"Forgot password\" and follow the link we send you.",
+    ),
+)  # fmt: skip
+
+EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (
+            "explain how to open an account step by step", "how do I open an account", "how can I open an account", "explain how I open an account",
+            "tell me step by step how to open an account", "what are the steps to open an account", "describe how to open an account",
+            "how does opening an account work", "I want to open an account, how does it work", "please explain how an account is opened",
+        ),
+        "Opening an account takes five steps. First, choose the account that suits you on our web page. Second, fill in the form "
+        "with your name, your address and your tax number. Third, bring your passport and a proof of address to the branch, or show "
+        "them in a video call. Fourth, sign the contract and choose a secret number for your card. Fifth, wait for the letter with "
+        "your card, which arrives within seven days. After that the account is open, and you can send and receive money.",
+    ),
+    (
+        (
+            "explain how to prepare for an operation", "how do I prepare for an operation", "how should I prepare for surgery",
+            "what must I do before an operation", "tell me how to prepare for an operation", "what should I do before surgery",
+            "describe how to prepare for an operation", "how can I get ready for an operation", "please explain what to do before an operation",
+        ),
+        "Please prepare for an operation in five steps. First, do not eat anything for six hours before. Second, drink only clear "
+        "water until two hours before. Third, bring the consent form, your allergy card and the list of your medicines. Fourth, leave "
+        "rings and other valuables at home. Fifth, ask somebody to take you home afterwards, because you must not drive that day. "
+        "The ward calls you on the day before and tells you when to come.",
+    ),
+)  # fmt: skip
+
+SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("hello", "hi", "good morning", "hi there", "hello there", "good evening", "hey", "good day", "good afternoon"),
+     "Hello! How can I help you?"),
+    (("thank you", "thanks", "thanks a lot", "thank you very much", "many thanks", "that helped, thank you", "thanks for your help"),
+     "You are welcome."),
+    (("goodbye", "bye", "see you", "bye bye", "have a nice day", "goodbye then"), "Goodbye, and have a good day."),
+    (("who are you", "what are you", "are you a person", "are you a robot", "what is your name", "am I talking to a machine"),
+     "I am the assistant of the support desk, a computer program."),
+    (("what can you do", "how can you help me", "what can I ask you", "what do you know", "what are you good for"),
+     "I answer questions about fees, times, documents and appointments."),
+)  # fmt: skip
+
+_SUBJECTS = (
+    "the capital of France", "the weather tomorrow", "the height of Mount Everest", "black holes", "the Roman Empire", "quantum physics",
+    "the best pizza in town", "football", "the next election", "the moon", "dinosaurs", "a good novel", "the stock market", "jazz",
+    "the speed of light", "climate", "Greek gods", "chess openings", "the French Revolution", "volcanoes", "electric cars", "my horoscope",
+    "the population of Japan", "whales", "poetry", "the history of bread", "a holiday in Spain", "space travel", "rock music", "gardening",
+    "the Olympic Games", "old castles", "computer games", "the deepest lake", "mushrooms", "the fastest train", "penguins", "algebra",
+    "the price of gold", "the meaning of life", "robots", "the president", "Shakespeare", "snow", "vegetable soup", "a birthday cake",
+)  # fmt: skip
+_OUTSIDE = (
+    "what is {}", "tell me about {}", "what do you think about {}", "write a poem about {}", "who invented {}", "explain {}",
+    "give me a joke about {}", "what is the history of {}", "do you like {}", "how does {} work", "write a story about {}",
+    "what is new about {}", "translate {} into German", "why is {} so important", "who knows most about {}", "draw {}",
+)  # fmt: skip
+
+_WRAPPERS = (
+    "{Q}?", "{Q}?", "{Q}?", "{Q}", "{q}", "{q}?", "Hello, {q}?", "Hi, {q}?", "Please, {q}?", "Excuse me, {q}?", "Good morning, {q}?",
+    "I have a question: {q}?", "One question: {q}?", "{Q}, please?", "Can you help me? {Q}?", "My email is [EMAIL]. {Q}?",
+    "My name is Mia and my number is [PHONE]. {Q}?", "I am a customer with account [IBAN]. {Q}?", "My card is [CARD]. {Q}?",
+    "Hello, this is {person}. {Q}?", "Dear team, {q}? Regards, {person}",
+)  # fmt: skip
+_SYSTEMS = (
+    "You are the support desk of Acme Bank.", "You are the front desk of Globex Health.", "You are a helpful assistant.", "Answer briefly.",
+    "Answer the customer's question.",
+)  # fmt: skip
+PEOPLE = (
+    "Mia", "Otto", "Lena", "Paul", "Nora", "Emil", "Clara", "Jonas", "Ida", "Theo", "Ella", "Max", "Rosa", "Finn", "Anna", "Luca",
+    "Sara", "Noah", "Julia", "Leo",
+)  # fmt: skip
+
+# --- complaints: product, problem, since when, wish ---
+
+PRODUCTS = ("card", "transfer", "loan", "app", "account", "appointment", "invoice", "prescription")
+PROBLEMS = (
+    "was charged twice",
+    "does not work",
+    "was delayed",
+    "was refused",
+    "was lost",
+    "is too expensive",
+    "was cancelled",
+)
+SINCES = ("Monday", "last week", "two weeks ago", "yesterday", "March", "the weekend")
+WISHES = ("a refund", "an apology", "a new one", "a call back", "a written answer", "a quick solution")
+_COMPLAINTS = (
+    "My {product} {problem}. It has been like this since {since}. I called twice and nobody helped. I want {wish}.",
+    "I am very unhappy. Since {since} I have the problem that my {product} {problem}. I expect {wish}.",
+    "Dear team, my {product} {problem}. I noticed it {since}. Please give me {wish}. Regards, {person}",
+    "I write about my {product}. It {problem}, since {since}. This is not acceptable and I ask for {wish}.",
+    "Since {since} nothing goes right. My {product} {problem}. {person} at the desk could not help. I demand {wish}.",
+)
+_SUMMARISE = (
+    "Summarise this complaint: {}", "Please summarise this complaint: {}", "Summarise the following complaint: {}",
+    "Give me a summary of this complaint: {}", "What is this complaint about? {}", "Sum up this complaint: {}",
+)  # fmt: skip
+
+# --- forms ---
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
+TIMES = ("9:00", "10:30", "11:15", "13:00", "14:45", "16:30")
+DOCTORS = ("Dr. Lee", "Dr. Weber", "Dr. Rossi", "Dr. Okafor", "Dr. Silva")
+_BOOKINGS = (
+    "{person} would like to see {doctor} on {day} at {time}.", "Please book {person} with {doctor} for {day}, {time}.",
+    "{doctor} will see {person} on {day} at {time}.", "On {day} at {time}, {person} comes to {doctor}.",
+    "I am {person} and need {doctor} at {time} on {day}.",
+)  # fmt: skip
+_AS_JSON = (
+    "Answer as JSON with the fields name, doctor, day, time: {}", "Give me JSON with name, doctor, day and time: {}",
+    "Extract name, doctor, day and time as JSON: {}", "Return the fields name, doctor, day, time as JSON. {}",
+)  # fmt: skip
+
+
+def held_out(*wording: str) -> bool:
+    """Decide once and for all whether a wording is kept out of training."""
+    return hashlib.sha256("\0".join(wording).encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+def training_dialogue(rng: random.Random) -> Dialogue:
+    """Draw a dialogue none of whose wordings is held out; sometimes behind a system message or an earlier turn."""
+    single = _draw(rng, held=False)
+    messages = list(single.messages)
+    if rng.random() < 0.15:
+        earlier = _draw(rng, held=False)
+        messages = [*earlier.messages, {"role": "assistant", "content": earlier.answer}, *messages]
+    if rng.random() < 0.3:
+        messages.insert(0, {"role": "system", "content": rng.choice(_SYSTEMS)})
+    return Dialogue(single.group, tuple(messages), single.answer)
+
+
+def held_out_dialogues(seed: int, each: int) -> Iterator[Dialogue]:
+    """Yield dialogues of every group in held-out wordings, `each` of every group, no question twice."""
+    rng = random.Random(f"held out/{seed}")
+    for group in Group:
+        seen: set[str] = set()
+        for _ in range(each * 50):
+            dialogue = _of_group(rng, group, held=True)
+            question = dialogue.messages[-1]["content"]
+            if question not in seen:
+                seen.add(question)
+                yield dialogue
+            if len(seen) == each:
+                break
+
+
+_WEIGHTS = {
+    Group.FACT: 0.5,
+    Group.LONG: 0.05,
+    Group.COMPLAINT: 0.14,
+    Group.FORM: 0.12,
+    Group.SMALL_TALK: 0.05,
+    Group.UNKNOWN: 0.14,
+}
+
+
+def _draw(rng: random.Random, *, held: bool) -> Dialogue:
+    group = rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0]
+    return _of_group(rng, group, held=held)
+
+
+def _of_group(rng: random.Random, group: Group, *, held: bool) -> Dialogue:
+    if group is Group.FACT:
+        question, answer = _fact(rng, held) if rng.random() < 0.85 else _choice(rng, REQUESTS, held)
+    elif group is Group.LONG:
+        question, answer = _choice(rng, EXPLANATIONS, held)
+    elif group is Group.SMALL_TALK:
+        question, answer = _choice(rng, SMALL_TALK, held, plain=True)
+    elif group is Group.COMPLAINT:
+        question, answer = _complaint(rng, held)
+    elif group is Group.FORM:
+        question, answer = _form(rng, held)
+    else:
+        question, answer = _outside(rng, held), UNKNOWN
+    return Dialogue(group, ({"role": "user", "content": question},), answer)
+
+
+def _fact(rng: random.Random, held: bool) -> tuple[str, str]:
+    while True:
+        fact = rng.choice(FACTS)
+        frame, name = rng.choice(FRAMES[fact.aspect]), rng.choice(fact.names)
+        if held_out(fact.aspect, frame, name) == held:
+            return _wrap(rng, frame.format(name)), fact.answer
+
+
+def _choice(
+    rng: random.Random, choices: tuple[tuple[tuple[str, ...], str], ...], held: bool, *, plain: bool = False
+) -> tuple[str, str]:
+    while True:
+        wordings, answer = rng.choice(choices)
+        wording = rng.choice(wordings)
+        if held_out(wording) == held:
+            return (_punctuate(rng, wording) if plain else _wrap(rng, wording)), answer
+
+
+def _outside(rng: random.Random, held: bool) -> str:
+    while True:
+        frame, subject = rng.choice(_OUTSIDE), rng.choice(_SUBJECTS)
+        if held_out(frame, subject) == held:
+            return _wrap(rng, frame.format(subject))
+
+
+def _complaint(rng: random.Random, held: bool) -> tuple[str, str]:
+    while True:
+        slots = {
+            "product": rng.choice(PRODUCTS),
+            "problem": rng.choice(PROBLEMS),
+            "since": rng.choice(SINCES),
+            "wish": rng.choice(WISHES),
+        }
+        if held_out(*slots.values()) == held:
+            text = rng.choice(_COMPLAINTS).format(person=rng.choice(PEOPLE), **slots)
+            answer = "The {product} {problem}, since {since}. The customer wants {wish}.".format(**slots)
+            return rng.choice(_SUMMARISE).format(text), answer
+
+
+def _form(rng: random.Random, held: bool) -> tuple[str, str]:
+    while True:
+        slots = {
+            "person": rng.choice(PEOPLE),
+            "doctor": rng.choice(DOCTORS),
+            "day": rng.choice(DAYS),
+            "time": rng.choice(TIMES),
+        }
+        if held_out(*slots.values()) == held:
+            question = rng.choice(_AS_JSON).format(rng.choice(_BOOKINGS).format(**slots))
+            fields = {"name": slots["person"], "doctor": slots["doctor"], "day": slots["day"], "time": slots["time"]}
+            return question, json.dumps(fields)
+
+
+def _wrap(rng: random.Random, question: str) -> str:
+    capital = question[0].upper() + question[1:]
+    return rng.choice(_WRAPPERS).format(q=question, Q=capital, person=rng.choice(PEOPLE))
+
+
+def _punctuate(rng: random.Random, wording: str) -> str:
+    text = wording if rng.random() < 0.3 else wording[0].upper() + wording[1:]
+    return text + rng.choice(("", ".", "!", "?"))
