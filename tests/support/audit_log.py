@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 from sqlalchemy import create_engine, text
 
 import migrations
@@ -26,7 +27,7 @@ from audit.records import (
 )
 from audit.trust import read_trust
 from audit.verification import Report, verify
-from tests.support.postgres import PostgresDatabase
+from tests.support.postgres import PostgresDatabase, PostgresServer
 
 ORIGIN = "probity.local"
 TENANT = "acme-bank"
@@ -141,3 +142,12 @@ def completed(request: str, tenant: str = TENANT, texts: Sequence[str] = ("becau
 
 def segment(request: str, sequence: int, text: str, tenant: str = TENANT, choice: int = 0) -> Segment:
     return Segment(tenant, request, choice, sequence, text.encode())
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> LogPlace:
+    """A log that was never opened, on each database."""
+    if request.param == "sqlite":
+        return embedded_place(tmp_path)
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server_place(tmp_path, server.database())
