@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psycopg
 import pytest
 from sqlalchemy import create_engine, text
 
@@ -55,6 +56,10 @@ class LogPlace:
             return verify(engine, read_trust(self.settings.trust), [json.loads(line)["note"] for line in lines])
         finally:
             engine.dispose()
+
+    def admin(self) -> psycopg.Connection[tuple[object, ...]]:
+        """Connect to the server as its superuser, autocommit."""
+        return psycopg.connect(self.admin_url.replace("+psycopg", ""), autocommit=True)
 
     def rows(self, query: str) -> Sequence[tuple[object, ...]]:
         engine = create_engine(self.admin_url)

@@ -83,6 +83,9 @@ class PostgresServer:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         for process in (pid, *map(int, children)):
             os.kill(process, signal.SIGKILL)
+        # Where nobody reaps the dead, their ids still look taken to the next start.
+        (self.directory / "postmaster.pid").unlink()
+        (self.socket_directory / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
 
     def start(self) -> None:
         self._server.start()
