@@ -52,6 +52,7 @@ class DatabaseInUse(DatabaseRefused):
 
 
 READERS = 4  # connections that readers share
+CONNECT_TIMEOUT_S = 5
 
 _SQLITE = {"journal_mode": {"wal"}, "synchronous": {"2", "3"}, "recursive_triggers": {"1"}, "foreign_keys": {"1"}}
 _POSTGRESQL = {
@@ -167,7 +168,7 @@ def reader_engine(url: str) -> Engine:
         return engine
     return create_engine(
         url, pool_size=READERS, pool_pre_ping=True, hide_parameters=True,
-        connect_args={"options": "-c default_transaction_read_only=on"},
+        connect_args={"options": "-c default_transaction_read_only=on", "connect_timeout": CONNECT_TIMEOUT_S},
     )  # fmt: skip
 
 
@@ -227,7 +228,9 @@ def _writer(url: str, dialect: str) -> Engine:
                                connect_args={"check_same_thread": False})  # fmt: skip
         event.listen(engine, "connect", _prepare_sqlite_writer)
         return engine
-    return create_engine(url, pool_size=2, max_overflow=0, hide_parameters=True)
+    return create_engine(
+        url, pool_size=3, max_overflow=0, hide_parameters=True, connect_args={"connect_timeout": CONNECT_TIMEOUT_S}
+    )
 
 
 def _prepare_sqlite_writer(connection: Any, _record: object) -> None:

@@ -33,9 +33,9 @@ def part_name(sequence: int) -> str:
     return f"journal_{sequence}"
 
 
-def fence(connection: Connection, now_us: int, *, sole_writer: bool) -> None:
-    """End every writer whose lease ran out; all others, where this process alone may write."""
-    ended = update(writer).where(writer.c.ended.is_(None))
+def fence(connection: Connection, own_id: str, now_us: int, *, sole_writer: bool) -> None:
+    """End every other writer whose lease ran out; all others, where this process alone may write."""
+    ended = update(writer).where(writer.c.ended.is_(None), writer.c.id != own_id)
     if not sole_writer:
         ended = ended.where(writer.c.lease_until < now_us)
     connection.execute(ended.values(ended=now_us))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,6 @@ from pathlib import Path
 from sqlalchemy import select
 
 from audit.database import Database, reading
-from audit.journal import fence, interrupted, journaled_text, orphans
 from audit.keys import Keyring
 from audit.keystore import KeyStore
 from audit.merkle import tree_root
@@ -38,6 +38,7 @@ class LogSettings:
     origin: str  # e.g. `probity.local`; a tenant's log is `probity.local/acme-bank`
     append_timeout_s: float = 10.0
     low_water_bytes: int = 256 << 20  # below it, no new request is taken
+    lease_s: float = 30.0  # PostgreSQL: a gateway silent for so long is fenced, and its open requests are closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,20 @@ class LogHealth:
     last_commit_age_s: float | None
 
 
+OnDeath = Callable[[str], None]  # told once, on the writer's thread, why nothing can be appended any more
+
+
 class AuditLog:
     """Append-only. One per process."""
 
     def __init__(
-        self, settings: LogSettings, database: Database, keyring: Keyring, keystore: KeyStore, ratchet: Ratchet
+        self,
+        settings: LogSettings,
+        database: Database,
+        keyring: Keyring,
+        keystore: KeyStore,
+        ratchet: Ratchet,
+        on_death: OnDeath,
     ) -> None:
         self._settings = settings
         self.database = database
@@ -67,10 +77,12 @@ class AuditLog:
             self.origin,
             low_water_bytes=settings.low_water_bytes,
             on_new_log=self._write_trust,
+            on_death=on_death,
+            lease_s=settings.lease_s,
         )
 
     @classmethod
-    def open(cls, settings: LogSettings, *, create: bool = False) -> AuditLog:
+    def open(cls, settings: LogSettings, *, create: bool = False, on_death: OnDeath = lambda why: None) -> AuditLog:
         """Open the log, close what earlier writers left open, and start to write.
 
         With `create`, keys and ratchet are made where neither exists: the first start of an embedded log. A log that
@@ -91,8 +103,12 @@ class AuditLog:
         except BaseException:
             database.close()
             raise
-        log = cls(settings, database, keyring, keystore, ratchet)
-        log._start()
+        log = cls(settings, database, keyring, keystore, ratchet, on_death)
+        try:
+            log._start()
+        except BaseException:
+            log._release()
+            raise
         return log
 
     def origin(self, tenant: str) -> str:
@@ -109,6 +125,7 @@ class AuditLog:
 
         Raises:
             RecordTooLarge: the canonical bytes exceed 65,535.
+            RecordMalformed: the record is not of its type's form.
             AlreadyClosed: a closing record for a request that is not open.
             LogUnavailable: the database did not confirm in time. The record may or may not be stored; the request it
                 belongs to must not be answered.
@@ -162,23 +179,19 @@ class AuditLog:
 
     def close(self) -> None:
         """Write what is queued, sign the last checkpoint, and let go of the database."""
-        if self._writer.dead is None:
+        with suppress(LogUnavailable):  # then there is nothing to say it to
             self._writer.append_blocking(Record(RecordType.WRITER_STOPPED, SYSTEM, {"writer": self._writer.id}))
+        self._release()
+
+    def _release(self) -> None:
         self._writer.close()
         self.keystore.close()
         self.database.close()
 
     def _start(self) -> None:
-        with self.database.writer.begin() as connection:
-            fence(connection, round(time.time() * 1e6), sole_writer=self.database.embedded)
-            left_open = orphans(connection)
         self._writer.start()
         self._writer.append_blocking(Record(RecordType.WRITER_STARTED, SYSTEM, {"writer": self._writer.id}))
-        for orphan in left_open:
-            data_key = self._writer.adopt(orphan.request_id, orphan.tenant)
-            with self.database.writer.connect() as connection:
-                texts = journaled_text(connection, orphan, data_key)
-            self._writer.append_blocking(interrupted(orphan, texts))
+        self._writer.recover()
         self._write_trust()
 
     def _write_trust(self) -> None:

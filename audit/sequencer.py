@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from audit.checkpoint import Checkpoint, sign_checkpoint
 from audit.merkle import HASH_BYTES, Frontier, root_of
@@ -38,8 +39,10 @@ class NewLeaf:
 
 
 def open_log(connection: Connection, log: str, tenant: str) -> None:
-    """Make the empty head of a log."""
-    connection.execute(insert(head).values(log=log, tenant=tenant, size=0, frontier=Frontier().to_bytes()))
+    """Make the empty head of a log, unless another writer made it meanwhile."""
+    values = {"log": log, "tenant": tenant, "size": 0, "frontier": Frontier().to_bytes()}
+    dialect_insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    connection.execute(dialect_insert(head).values(**values).on_conflict_do_nothing())
 
 
 def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
@@ -144,9 +147,9 @@ def number_waiting(connection: Connection) -> bool:
     if not held:
         return False
     waiting = connection.execute(
-        select(chain.c.log, chain.c.writer, chain.c.appended, chain.c.numbered).where(
-            chain.c.appended > chain.c.numbered
-        )
+        select(chain.c.log, chain.c.writer, chain.c.appended, chain.c.numbered)
+        .where(chain.c.appended > chain.c.numbered)
+        .order_by(chain.c.log, chain.c.writer)  # the writers take their locks in this order too
     ).all()
     more = False
     for log, writer_id, appended, numbered in waiting:

@@ -14,24 +14,26 @@ Owned by the thread: chains, open requests. Shared, under the condition: the que
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy import Connection, String, bindparam, delete, func, insert, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from audit.canonical import LeafError, canonical, leaf_hash
 from audit.content import DATA_KEY_BYTES, Random, SealedPart, seal, seal_transient
 from audit.database import Database
 from audit.identifier import NOISE_BYTES, uuid7
 from audit.index import closing_values, opening_row
-from audit.journal import part_name
+from audit.journal import Orphan, fence, interrupted, journaled_text, orphans, part_name
 from audit.keys import Keyring
 from audit.keystore import KeyStore, KeyStoreError, WrappedKey
 from audit.leaf import FIRST_PREV, Leaf, PartCommitment
@@ -46,6 +48,7 @@ from audit.tables import chain, content, head, journal, leaf, request_index, wri
 # │   ├── LogBusy           the bounded queue is full; try again later
 # │   └── DiskLow           below the low-water mark: nothing new is taken, what is open can still be closed
 # ├── RecordTooLarge        the leaf would exceed 65,535 bytes, or holds what a leaf cannot
+# ├── RecordMalformed       the record is not of its type's form: the caller is wrong
 # └── AlreadyClosed         the request is not open: it was never received here, or has its closing record
 
 
@@ -73,6 +76,10 @@ class RecordTooLarge(LogError):
     """The record cannot be a leaf."""
 
 
+class RecordMalformed(LogError):
+    """The record is not of its type's form."""
+
+
 class AlreadyClosed(LogError):
     """The request is not open."""
 
@@ -85,8 +92,18 @@ DISK_EVERY_S = 1.0
 LEASE_S = 30.0
 RETRIES = 3  # reconnections after a lost answer
 RETRY_PAUSE_S = 0.2
+RECOVERY_LOCK = 0x70726F63  # "proc": one process closes orphans at a time, on PostgreSQL
+FENCED = "this writer was fenced by another; restart the process"
 
 Within = Callable[[Connection], None]
+
+
+class _WithinFailed(Exception):
+    """What the caller's own statements raised, as the cause; rolled back, nothing stored."""
+
+
+class _Fenced(Exception):
+    """Another process ended this writer."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,12 +115,20 @@ class _Entry:
     record: Record | None = None
     within: Within | None = None
     segment: Segment | None = None
+    work: Callable[[], None] | None = None  # something else for the thread to do
     result: Any = None
     error: BaseException | None = None
     done: threading.Event | None = None
 
     @property
+    def alone(self) -> bool:
+        """Its failure is its own: it shares no transaction."""
+        return self.within is not None or self.work is not None
+
+    @property
     def size(self) -> int:
+        if self.work is not None:
+            return 0
         if self.segment is not None:
             return len(self.segment.data)
         assert self.record is not None
@@ -134,6 +159,7 @@ class _Batch:
     opened: dict[str, _OpenRequest]
     closed: set[str] = field(default_factory=set)
     new_logs: dict[str, str] = field(default_factory=dict)  # log → tenant
+    sequences: set[tuple[str, int]] = field(default_factory=set)  # segments, by request and number
     keys: list[WrappedKey] = field(default_factory=list)
     leaves: list[dict[str, Any]] = field(default_factory=list)
     contents: list[dict[str, Any]] = field(default_factory=list)
@@ -157,6 +183,8 @@ class Writer:
         now: Callable[[], float] = time.time,
         random: Random = os.urandom,
         on_new_log: Callable[[], None] = lambda: None,
+        on_death: Callable[[str], None] = lambda why: None,
+        lease_s: float = LEASE_S,
     ) -> None:
         self._database = database
         self._keyring = keyring
@@ -167,6 +195,8 @@ class Writer:
         self._now = now
         self._random = random
         self._on_new_log = on_new_log
+        self._on_death = on_death
+        self._lease_s = lease_s
         self.id = random(8).hex()
         self._queue: deque[_Entry] = deque()
         self._condition = threading.Condition()
@@ -191,7 +221,7 @@ class Writer:
             self._logs = set(connection.execute(select(head.c.log)).scalars())
             moment = _us(self._now())
             connection.execute(
-                insert(writer).values(id=self.id, started=moment, lease_until=moment + _us(LEASE_S), ended=None)
+                insert(writer).values(id=self.id, started=moment, lease_until=moment + _us(self._lease_s), ended=None)
             )
         self._leased_at = time.monotonic()
         self._thread.start()
@@ -231,14 +261,20 @@ class Writer:
 
     def append_blocking(self, record: Record, within: Within | None = None) -> Receipt:
         """Append from a thread without a loop: start-up and shut-down."""
-        entry = _Entry(None, None, record=record, within=within, done=threading.Event())
+        receipt: Receipt = self._wait(_Entry(None, None, record=record, within=within, done=threading.Event()))
+        return receipt
+
+    def recover(self) -> None:
+        """Close what ended writers left open; return once that is durable. For a thread without a loop."""
+        self._wait(_Entry(None, None, work=self._recover, done=threading.Event()))
+
+    def _wait(self, entry: _Entry) -> Any:
         self.submit(entry)
         assert entry.done is not None
         entry.done.wait()
         if entry.error is not None:
             raise entry.error
-        receipt: Receipt = entry.result
-        return receipt
+        return entry.result
 
     def queued(self) -> int:
         return len(self._queue)
@@ -267,7 +303,7 @@ class Writer:
     def _take(self) -> list[_Entry] | None:
         """Return what waits, up to one batch; an empty list when it is time to housekeep; None at the end.
 
-        An entry with `within` is a batch of its own: its failure is its own.
+        An entry that is `alone` is a batch of its own.
         """
         with self._condition:
             if not self._queue and not self._closing:
@@ -277,34 +313,45 @@ class Writer:
             entries: list[_Entry] = []
             size = 0
             while self._queue and len(entries) < MAX_BATCH_RECORDS and size < MAX_BATCH_BYTES:
-                if self._queue[0].within is not None and entries:
+                if self._queue[0].alone and entries:
                     break
                 entry = self._queue.popleft()
                 entries.append(entry)
                 size += entry.size
-                if entry.within is not None:
+                if entry.alone:
                     break
             return entries
 
     def _write(self, entries: list[_Entry]) -> None:
+        """Do what the entries ask and wake their waiters, whatever happens."""
         try:
             if self._uncertain:
                 self._settle_uncertainty()
-            batch = _Batch(dict(self._chains), dict(self._open))
-            for entry in entries:
-                try:
-                    self._prepare(entry, batch)
-                except LogError as refused:
-                    entry.error = refused
-            within = entries[0].within if entries[0].error is None else None
-            self._commit(batch, within)
-        except (SQLAlchemyError, KeyStoreError, OSError, LogUnavailable) as error:
+            if entries[0].work is not None:
+                entries[0].work()
+            else:
+                self._write_batch(entries)
+        except _WithinFailed as failed:
+            entries[0].error = failed.__cause__
+        except _Fenced:
+            self._die(FENCED)
+            self._fail(entries, LogDead(FENCED))
+        except (SQLAlchemyError, KeyStoreError, OSError, LogError) as error:
             self._fail(entries, error)
-        except Exception as error:
-            if entries[0].within is None:
-                raise
-            entries[0].error = error  # what the caller's own statements raised: rolled back, nothing stored
-        self._resolve(entries)
+        except BaseException as error:
+            self._fail(entries, LogUnavailable(f"the audit writer failed: {type(error).__name__}"))
+            raise
+        finally:
+            self._resolve(entries)
+
+    def _write_batch(self, entries: list[_Entry]) -> None:
+        batch = _Batch(dict(self._chains), dict(self._open))
+        for entry in entries:
+            try:
+                self._prepare(entry, batch)
+            except LogError as refused:
+                entry.error = refused
+        self._commit(batch, entries[0].within if entries[0].error is None else None)
 
     # --- preparing: numbers, chains, commitments; nothing is written yet ---
 
@@ -315,24 +362,52 @@ class Writer:
         assert entry.record is not None
         record = entry.record
         log = self._origin(record.tenant)
+        _check(record, log)
         if log not in self._logs and log not in batch.new_logs:
             batch.new_logs[log] = record.tenant
             self._prepare_record(Record(RecordType.LOG_OPENED, record.tenant, {"origin": log}), log, batch)
         entry.result = self._prepare_record(record, log, batch)
 
     def _prepare_record(self, record: Record, log: str, batch: _Batch) -> Receipt:
+        """Take the record into the batch, whole or not at all."""
         moment = self._now()
         record_id = uuid7(int(moment * 1000), self._random(NOISE_BYTES))
         request = self._request_of(record, record_id, batch)
+        link = batch.chains.get(log, _Link(0, FIRST_PREV))
+        try:
+            sealed = self._seal(record, record_id, request)
+            new = self._leaf(record, log, link, record_id, moment, sealed)
+            encoded = new.encode()
+            rows = _IndexRows.of(new, record.tenant, request.key_id, _us(moment))
+            key = self._key(record, request)
+        except LeafError as error:
+            raise RecordTooLarge(str(error)) from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RecordMalformed(f"the record is not a `{record.type.value}`; build it with audit.records") from error
+        # From here on nothing fails.
+        digest = leaf_hash(encoded)
+        batch.chains[log] = _Link(link.next_seq + 1, digest.hex())
+        batch.leaves.append(_leaf_row(new, encoded, digest, _us(moment)))
+        batch.contents.extend(_content_row(new, request.key_id, name, part) for name, part in sealed.items())
+        batch.openings.extend(rows.opening)
+        batch.closings.extend(rows.closing)
+        batch.keys.extend(key)
+        self._follow(record, request, batch)
+        return Receipt(log, self.id, link.next_seq, digest.hex())
+
+    def _seal(self, record: Record, record_id: str, request: _OpenRequest) -> dict[str, SealedPart]:
         parts = dict(record.parts)
         if record.identities:
             parts["identities"] = canonical(dict(record.identities))
-        sealed = {
+        return {
             name: seal(request.data_key, record.tenant, record_id, name, plaintext, self._random)
             for name, plaintext in parts.items()
         }
-        link = batch.chains.get(log, _Link(0, FIRST_PREV))
-        new = Leaf(
+
+    def _leaf(
+        self, record: Record, log: str, link: _Link, record_id: str, moment: float, sealed: Mapping[str, SealedPart]
+    ) -> Leaf:
+        return Leaf(
             log=log,
             writer=self.id,
             writer_seq=link.next_seq,
@@ -348,81 +423,33 @@ class Writer:
                 kind: self._keyring.pseudonym(record.tenant, kind, value) for kind, value in record.identities.items()
             },
         )
-        try:
-            encoded = new.encode()
-        except LeafError as error:
-            raise RecordTooLarge(str(error)) from error
-        digest = leaf_hash(encoded)
-        # From here on nothing fails: the batch takes the record whole.
-        self._take_key(record, record_id, request, batch)
-        batch.chains[log] = _Link(link.next_seq + 1, digest.hex())
-        self._take_rows(record, new, encoded, digest, sealed, request, _us(moment), batch)
-        return Receipt(log, self.id, link.next_seq, digest.hex())
 
     def _request_of(self, record: Record, record_id: str, batch: _Batch) -> _OpenRequest:
-        """Return the data key to seal with: the request's, or a fresh one."""
+        """Return the data key to seal with: the open request's, or a fresh one with the id it is stored under."""
+        request = batch.opened.get(record.request_id or "")
         if record.type in CLOSING:
-            assert record.request_id is not None
-            request = batch.opened.get(record.request_id)
             if request is None or record.request_id in batch.closed:
                 raise AlreadyClosed("the request is not open here: it was closed, or never received")
             return request
-        return _OpenRequest(record.request_id or record_id, self._random(DATA_KEY_BYTES))
+        if record.type in _OPENS_KEY:
+            if request is not None:
+                raise RecordMalformed("the request was received already; every request has an id of its own")
+            return _OpenRequest(record.request_id or record_id, self._random(DATA_KEY_BYTES))
+        return _OpenRequest(record_id, self._random(DATA_KEY_BYTES))
 
-    def _take_key(self, record: Record, record_id: str, request: _OpenRequest, batch: _Batch) -> None:
+    def _key(self, record: Record, request: _OpenRequest) -> list[WrappedKey]:
+        """Return the data key to store with a record, if it brings one."""
+        sealed = record.parts or record.identities or record.type is RecordType.REQUEST_RECEIVED
+        if record.type in CLOSING or not sealed:
+            return []
+        wrapped = self._keyring.encryption.wrap(record.tenant, request.data_key)
+        return [WrappedKey(request.key_id, record.tenant, wrapped)]
+
+    def _follow(self, record: Record, request: _OpenRequest, batch: _Batch) -> None:
         if record.type in CLOSING:
-            assert record.request_id is not None
-            batch.closed.add(record.request_id)
-            return
-        if record.parts or record.identities or record.type is RecordType.REQUEST_RECEIVED:
-            key_id = request.key_id if record.type in _OPENS_KEY else record_id
-            request = replace(request, key_id=key_id)
-            wrapped = self._keyring.encryption.wrap(record.tenant, request.data_key)
-            batch.keys.append(WrappedKey(request.key_id, record.tenant, wrapped))
-        if record.type is RecordType.REQUEST_RECEIVED:
-            assert record.request_id is not None
-            batch.opened[record.request_id] = request
-
-    def _take_rows(
-        self,
-        record: Record,
-        new: Leaf,
-        encoded: bytes,
-        digest: bytes,
-        sealed: dict[str, SealedPart],
-        request: _OpenRequest,
-        moment: int,
-        batch: _Batch,
-    ) -> None:
-        batch.leaves.append(
-            {
-                "log": new.log,
-                "writer": new.writer,
-                "writer_seq": new.writer_seq,
-                "leaf_hash": digest,
-                "bytes": encoded,
-                "record_id": new.record,
-                "request_id": new.request,
-                "type": new.type.value,
-                "time": moment,
-            }
-        )
-        key_id = request.key_id if record.type in _OPENS_KEY or record.type in CLOSING else new.record
-        for name, part in sealed.items():
-            batch.contents.append(
-                {
-                    "record_id": new.record,
-                    "part": name,
-                    "log": new.log,
-                    "key_id": key_id,
-                    "nonce": part.nonce,
-                    "ciphertext": part.ciphertext,
-                }
-            )
-        if record.type in (RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED):
-            batch.openings.append(opening_row(new, record.tenant, key_id, moment))
-        elif record.type in CLOSING:
-            batch.closings.append(closing_values(new, moment))
+            batch.closed.add(request.key_id)
+        elif record.type is RecordType.REQUEST_RECEIVED:
+            batch.opened[request.key_id] = request
 
     def _prepare_segment(self, segment: Segment, batch: _Batch) -> None:
         request = batch.opened.get(segment.request_id)
@@ -430,6 +457,9 @@ class Writer:
             raise AlreadyClosed("the request is not open here: it was closed, or never received")
         part = part_name(segment.sequence)
         sealed = seal_transient(request.data_key, segment.tenant, segment.request_id, part, segment.data, self._random)
+        if not 0 <= segment.sequence < 1 << 63 or (segment.request_id, segment.sequence) in batch.sequences:
+            raise RecordMalformed("a segment has a sequence number of its own in its request")
+        batch.sequences.add((segment.request_id, segment.sequence))
         batch.segments.append(
             {
                 "request_id": segment.request_id,
@@ -461,9 +491,12 @@ class Writer:
 
     def _transact(self, batch: _Batch, within: Within | None) -> None:
         with self._database.writer.begin() as connection:
+            self._check_fence(connection)
             if within is not None:
-                within(connection)
-            for log, tenant in batch.new_logs.items():
+                _run_within(within, connection)
+            # Logs in their order, here and in the sequencer: locks are taken in one order, so that nobody waits in a
+            # ring.
+            for log, tenant in sorted(batch.new_logs.items()):
                 open_log(connection, log, tenant)
             _insert(connection, leaf, batch.leaves)
             _insert(connection, content, batch.contents)
@@ -474,12 +507,23 @@ class Writer:
                 connection.execute(_CLEAR_JOURNAL, [{"at_request": c["at_request"]} for c in batch.closings])
             self._keep_chains(connection, batch.leaves)
 
+    def _check_fence(self, connection: Connection) -> None:
+        """Hold off whoever would end this writer until the transaction is over; raise where it was ended.
+
+        An embedded log needs none: its lock file ends with its process.
+        """
+        if self._database.embedded:
+            return
+        alive = select(writer.c.id).where(writer.c.id == self.id, writer.c.ended.is_(None)).with_for_update(read=True)
+        if connection.execute(alive).scalar_one_or_none() is None:
+            raise _Fenced
+
     def _keep_chains(self, connection: Connection, leaves: Sequence[dict[str, Any]]) -> None:
         """Note how far the chains have come; on SQLite, number the leaves in the same breath."""
         by_log: dict[str, list[dict[str, Any]]] = {}
         for row in leaves:
             by_log.setdefault(row["log"], []).append(row)
-        for log, rows in by_log.items():
+        for log, rows in sorted(by_log.items()):
             appended = rows[-1]["writer_seq"] + 1
             if rows[0]["writer_seq"] == 0:
                 connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=0))
@@ -498,8 +542,13 @@ class Writer:
             try:
                 if not self._is_stored(batch):
                     self._transact(batch, None)
-            except DBAPIError as error:
-                if not error.connection_invalidated:
+            except IntegrityError:
+                # The lost transaction was still being committed when it was looked for.
+                if not self._is_stored(batch):
+                    raise
+                return
+            except OperationalError as error:
+                if _disk_failed(error):
                     raise
             else:
                 return
@@ -546,33 +595,59 @@ class Writer:
         self._close_strays([(request_id, tenant) for request_id, tenant in open_ids if request_id not in self._open])
         self._open = {row[0]: self._open[row[0]] for row in open_ids if row[0] in self._open}
 
+    def _recover(self) -> None:
+        """Close what ended writers left open. One process at a time: the others find nothing left to do."""
+        with self._database.writer.begin() as connection:
+            fence(connection, self.id, _us(self._now()), sole_writer=self._database.embedded)
+        with self._database.writer.begin() as connection:
+            left_open = orphans(connection) if self._may_recover(connection) else []
+            texts = [(orphan, journaled_text(connection, orphan, self._data_key(orphan))) for orphan in left_open]
+            if not self._database.embedded:
+                self._close_orphans(texts)  # under the lock
+        if self._database.embedded:
+            self._close_orphans(texts)
+
+    def _may_recover(self, connection: Connection) -> bool:
+        if self._database.embedded:
+            return True
+        held: bool = connection.execute(select(func.pg_try_advisory_xact_lock(RECOVERY_LOCK))).scalar_one()
+        return held
+
+    def _data_key(self, orphan: Orphan) -> bytes:
+        return self._keyring.encryption.unwrap(orphan.tenant, self._keystore.get(orphan.key_id).wrapped)
+
+    def _close_orphans(self, texts: Sequence[tuple[Orphan, list[str]]]) -> None:
+        for orphan, durable in texts:
+            self._adopt(orphan.request_id, orphan.tenant)
+            self._close_now(interrupted(orphan, durable))
+
+    def _close_now(self, record: Record) -> None:
+        batch = _Batch(dict(self._chains), dict(self._open))
+        self._prepare(_Entry(None, None, record=record), batch)
+        self._commit(batch, None)
+
     def _close_strays(self, strays: Iterable[tuple[str, str]]) -> None:
         """Close requests that were stored although their caller was told that they were not: nothing was generated."""
         for request_id, tenant in strays:
-            self.adopt(request_id, tenant)
+            self._adopt(request_id, tenant)
             body = {"reason": "not_confirmed"}
-            record = Record(RecordType.REQUEST_INTERRUPTED, tenant, body, request_id, {"output": b"[]"})
-            entry = _Entry(None, None, record=record)
-            batch = _Batch(dict(self._chains), dict(self._open))
-            self._prepare(entry, batch)
-            self._commit(batch, None)
+            self._close_now(Record(RecordType.REQUEST_INTERRUPTED, tenant, body, request_id, {"output": b"[]"}))
 
-    def adopt(self, request_id: str, tenant: str) -> bytes:
-        """Take over an open request, of a writer that ended or our own; return its data key.
-
-        From outside the thread only at start-up, before anything is queued that could open a request.
-        """
+    def _adopt(self, request_id: str, tenant: str) -> None:
+        """Take over an open request, of a writer that ended or our own."""
         data_key = self._keyring.encryption.unwrap(tenant, self._keystore.get(request_id).wrapped)
         self._open[request_id] = _OpenRequest(request_id, data_key)
-        return data_key
 
     def _die(self, why: str) -> None:
         with self._condition:
-            self.dead = why
+            first = self.dead is None
+            self.dead = self.dead or why
             waiting, self._queue = list(self._queue), deque()
         for entry in waiting:
             entry.error = LogDead(why)
         self._resolve(waiting)
+        if first:
+            self._on_death(why)
 
     def _resolve(self, entries: list[_Entry]) -> None:
         """Wake the waiters: one call a loop, however many there are."""
@@ -597,15 +672,24 @@ class Writer:
         if now - self._published_at >= PUBLISH_EVERY_S and (self._dirty or not self._database.embedded):
             self._published_at = now
             self._attempt(self._publish)
-        if now - self._leased_at >= LEASE_S / 3:
+        if now - self._leased_at >= self._lease_s / 3:
             self._leased_at = now
             self._attempt(self._renew_lease)
+            if not self._database.embedded:
+                self._attempt(self._recover)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         """Do what is repeated soon anyway; a failure is seen in `health` by its lag, a failed disk ends the writer."""
+        if self.dead is not None:
+            return
         try:
+            if self._uncertain:
+                self._settle_uncertainty()
             work()
-        except (SQLAlchemyError, RatchetError, OSError) as error:
+        except _Fenced:
+            self._die(FENCED)
+        except (SQLAlchemyError, RatchetError, KeyStoreError, LogError, OSError) as error:
+            self._uncertain = True
             if _disk_failed(error) or isinstance(error, RatchetError):
                 self._die("the log and its ratchet cannot be kept; check the disk, verify the log, then restart")
 
@@ -623,12 +707,12 @@ class Writer:
 
     def _renew_lease(self) -> None:
         with self._database.writer.begin() as connection:
-            until = _us(self._now() + LEASE_S)
+            until = _us(self._now() + self._lease_s)
             renewed = connection.execute(
                 update(writer).where(writer.c.id == self.id, writer.c.ended.is_(None)).values(lease_until=until)
             )
         if renewed.rowcount != 1:
-            self._die("this writer was fenced by another; restart the process")
+            raise _Fenced
 
     def _end(self) -> None:
         if self.dead is None:
@@ -642,6 +726,81 @@ class Writer:
 
 # Record types whose data key is stored under the request's id; others have one under their own record's.
 _OPENS_KEY = frozenset({RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED})
+
+# Texts that stand in a column: the longest each may be. PostgreSQL would refuse the whole batch for one of them.
+_INDEX_TEXTS = tuple((c.name, c.type.length) for c in request_index.columns if isinstance(c.type, String))
+_MAX_TENANT = 128
+_MAX_ORIGIN = 255
+_MAX_ID = 36
+_MAX_PART_NAME = 64
+_PART_NAME = re.compile(r"[a-z0-9_]+")
+
+
+@dataclass(frozen=True, slots=True)
+class _IndexRows:
+    """What a leaf says to the officers' index: at most one row."""
+
+    opening: list[dict[str, Any]]
+    closing: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, new: Leaf, tenant: str, key_id: str, moment: int) -> _IndexRows:
+        opening = [opening_row(new, tenant, key_id, moment)] if new.type in _OPENS_KEY else []
+        closing = [closing_values(new, moment)] if new.type in CLOSING else []
+        for row in (*opening, *closing):
+            for name, longest in _INDEX_TEXTS:
+                _check_text(name, row.get(name), longest)
+        return cls(opening, closing)
+
+
+def _check(record: Record, log: str) -> None:
+    """Raise RecordMalformed for names that the database would refuse, and with them everybody else's records."""
+    _check_text("tenant", record.tenant, _MAX_TENANT)
+    _check_text("log", log, _MAX_ORIGIN)
+    _check_text("request_id", record.request_id, _MAX_ID)
+    for name in record.parts:
+        if not _PART_NAME.fullmatch(name) or len(name) > _MAX_PART_NAME:
+            raise RecordMalformed("a part's name is `[a-z0-9_]+`, at most 64 characters")
+    if (record.type in CLOSING or record.type in _OPENS_KEY) and record.request_id is None:
+        raise RecordMalformed(f"a `{record.type.value}` belongs to a request; give its `request_id`")
+
+
+def _check_text(name: str, value: object, longest: int | None) -> None:
+    if isinstance(value, str) and ("\0" in value or (longest is not None and len(value) > longest)):
+        raise RecordMalformed(f"`{name}` is longer than {longest} characters, or holds a zero byte")
+
+
+def _leaf_row(new: Leaf, encoded: bytes, digest: bytes, moment: int) -> dict[str, Any]:
+    return {
+        "log": new.log,
+        "writer": new.writer,
+        "writer_seq": new.writer_seq,
+        "leaf_hash": digest,
+        "bytes": encoded,
+        "record_id": new.record,
+        "request_id": new.request,
+        "type": new.type.value,
+        "time": moment,
+    }
+
+
+def _content_row(new: Leaf, key_id: str, name: str, part: SealedPart) -> dict[str, Any]:
+    return {
+        "record_id": new.record,
+        "part": name,
+        "log": new.log,
+        "key_id": key_id,
+        "nonce": part.nonce,
+        "ciphertext": part.ciphertext,
+    }
+
+
+def _run_within(within: Within, connection: Connection) -> None:
+    try:
+        within(connection)
+    except Exception as error:
+        raise _WithinFailed from error
+
 
 _CLOSE_INDEX = (
     update(request_index)
@@ -702,7 +861,15 @@ def _disk_failed(error: BaseException) -> bool:
     original = getattr(error, "orig", None) or error.__cause__ or error
     original = getattr(original, "orig", None) or original
     name = getattr(original, "sqlite_errorname", "")
-    return name.startswith("SQLITE_IOERR") or name in ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+    # PostgreSQL: 58030 is an I/O error, XX001 and XX002 are corrupted data; it PANICs when an fsync fails.
+    severity = getattr(getattr(original, "diag", None), "severity_nonlocalized", None)
+    return (
+        getattr(original, "errno", None) == errno.EIO
+        or name.startswith("SQLITE_IOERR")
+        or name in ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+        or getattr(original, "sqlstate", None) in ("58030", "XX001", "XX002")
+        or severity == "PANIC"
+    )
 
 
 def _us(seconds: float) -> int:

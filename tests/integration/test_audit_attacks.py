@@ -333,14 +333,6 @@ def disarmed(place: LogPlace, statements: list[str]) -> None:
             server.execute(statement.encode())
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> LogPlace:
-    if request.param == "sqlite":
-        return embedded_place(tmp_path)
-    server: PostgresServer = request.getfixturevalue("postgres")
-    return server_place(tmp_path, server.database())
-
-
 AT_5 = f"(SELECT writer FROM leaf_number WHERE log = '{LOG}' AND leaf_index = 5)"
 SEQ_5 = f"(SELECT writer_seq FROM leaf_number WHERE log = '{LOG}' AND leaf_index = 5)"
 LEAF_5 = f"log = '{LOG}' AND writer = {AT_5} AND writer_seq = {SEQ_5}"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psycopg
+import pytest
 from sqlalchemy import create_engine, text
 
 import migrations
@@ -26,7 +28,7 @@ from audit.records import (
 )
 from audit.trust import read_trust
 from audit.verification import Report, verify
-from tests.support.postgres import PostgresDatabase
+from tests.support.postgres import PostgresDatabase, PostgresServer
 
 ORIGIN = "probity.local"
 TENANT = "acme-bank"
@@ -54,6 +56,10 @@ class LogPlace:
             return verify(engine, read_trust(self.settings.trust), [json.loads(line)["note"] for line in lines])
         finally:
             engine.dispose()
+
+    def admin(self) -> psycopg.Connection[tuple[object, ...]]:
+        """Connect to the server as its superuser, autocommit."""
+        return psycopg.connect(self.admin_url.replace("+psycopg", ""), autocommit=True)
 
     def rows(self, query: str) -> Sequence[tuple[object, ...]]:
         engine = create_engine(self.admin_url)
@@ -141,3 +147,12 @@ def completed(request: str, tenant: str = TENANT, texts: Sequence[str] = ("becau
 
 def segment(request: str, sequence: int, text: str, tenant: str = TENANT, choice: int = 0) -> Segment:
     return Segment(tenant, request, choice, sequence, text.encode())
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> LogPlace:
+    """A log that was never opened, on each database."""
+    if request.param == "sqlite":
+        return embedded_place(tmp_path)
+    server: PostgresServer = request.getfixturevalue("postgres")
+    return server_place(tmp_path, server.database())
