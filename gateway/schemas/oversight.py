@@ -70,8 +70,9 @@ class RequestFilters(BaseModel):
             "guardrail": self.guardrail,
             "after": self.after,
         }
-        window = {"from": _text(self.since), "to": _text(self.until), "limit": self.limit}
-        return window | {name: value for name, value in given.items() if value is not None}
+        window: dict[str, Json] = {"from": _text(self.since), "to": _text(self.until), "limit": self.limit}
+        recorded: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
+        return window | recorded
 
 
 class RevealBody(BaseModel):
