@@ -38,7 +38,9 @@ class BackgroundServer:
         self._end()
         raise NotServing(f"the gateway was not ready within {START_TIMEOUT_S:.0f} s; `/readyz` says what is missing")
 
-    def __exit__(self, _type: type[BaseException] | None, _value: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._end()
 
     @property

@@ -146,7 +146,9 @@ def upgrade(
 
 @audit_app.command()
 def search(
-    since: Annotated[str | None, typer.Option("--from", help="e.g. 2026-11-01T00:00:00Z.  [default: a day ago]")] = None,
+    since: Annotated[
+        str | None, typer.Option("--from", help="e.g. 2026-11-01T00:00:00Z.  [default: a day ago]")
+    ] = None,
     until: Annotated[str | None, typer.Option("--to", help="[default: now]")] = None,
     tenant: str | None = None,
     subject: Annotated[str | None, typer.Option(help="A person, or the pseudonym of one.")] = None,

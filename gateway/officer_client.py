@@ -48,7 +48,9 @@ class OfficerClient:
         try:
             response = self._http.request(method, path, **more)
         except httpx.TransportError as error:
-            raise OfficerRefused(f"no gateway answers ({type(error).__name__}); start one with `probity serve`") from error
+            raise OfficerRefused(
+                f"no gateway answers ({type(error).__name__}); start one with `probity serve`"
+            ) from error
         if response.is_success:
             answer: dict[str, Any] = response.json()
             return answer

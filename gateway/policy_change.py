@@ -144,15 +144,18 @@ def _still(holds: bool) -> None:
 
 def _holds(number: int, effective: EffectivePolicy) -> dict[str, Json]:
     canonical = effective.document.canonical()
-    return {"version": number, "digest": _digest(canonical), "effective": effective.digest, "name": effective.document.name}
+    return {
+        "version": number,
+        "digest": _digest(canonical),
+        "effective": effective.digest,
+        "name": effective.document.name,
+    }
 
 
 def _digest(canonical: bytes) -> str:
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
 
 
-def _record(
-    type: RecordType, change: Change, says: dict[str, Json], parts: dict[str, bytes] | None = None
-) -> Record:
+def _record(type: RecordType, change: Change, says: dict[str, Json], parts: dict[str, bytes] | None = None) -> Record:
     about: dict[str, Json] = {"tenant": change.tenant, "generation": change.generation + 1, **says}
     return change_record(change.officer, type, change.log_tenant, about, change.reason, parts or {})

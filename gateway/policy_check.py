@@ -75,15 +75,15 @@ def explain_request(policy: EffectivePolicy, text: str) -> dict[str, Any]:
     """Return the decision on a request, with its reasons and what it would oblige to. Raises: CheckRefused."""
     asked = _request(text)
     request = AccessRequest(
-        principal=Principal("explain", asked.subject, policy.tenant, frozenset(asked.roles), asked.client, asked.purpose),
+        principal=Principal(
+            "explain", asked.subject, policy.tenant, frozenset(asked.roles), asked.client, asked.purpose
+        ),
         action=asked.action,
         model=asked.model,
         purpose=asked.purpose,
         source=asked.source,
         at=(asked.at or datetime.now(UTC)).astimezone(UTC),
-        params=RequestedParams(
-            asked.params.max_tokens, asked.params.temperature, asked.params.top_p, asked.params.n
-        ),
+        params=RequestedParams(asked.params.max_tokens, asked.params.temperature, asked.params.top_p, asked.params.n),
     )
     loaded = frozenset(model.version for model in policy.models.values())
     decision = evaluate(request, policy, loaded)
@@ -111,7 +111,9 @@ def _request(text: str) -> _Request:
         raise CheckRefused([f"request: not usable JSON: {error}"]) from None
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
-        raise CheckRefused([f"request: `{'.'.join(map(str, one['loc']))}`: {one['msg'].lower()}" for one in found]) from None
+        raise CheckRefused(
+            [f"request: `{'.'.join(map(str, one['loc']))}`: {one['msg'].lower()}" for one in found]
+        ) from None
 
 
 def _obligations(obligations: Obligations) -> dict[str, Any]:

@@ -5,7 +5,7 @@ ApiError (errors.py)
 
 On the wire (RFC 9457):
 
-    {"type":"urn:probity:error:policy_invalid","title":"policy_invalid","status":422,"detail":"the policy is refused; …",
+    {"type":"urn:probity:error:policy_invalid","title":"policy_invalid","status":422,"detail":"the policy …",
      "findings":[{"path":"rules[0].when","message":"an allow must say which model: give `models_any`"}]}
 
 Source: contract.md, "Auditors", "Admins"; RFC 6585 section 3 (428); RFC 9110 section 13.1.1 (412).
@@ -26,7 +26,9 @@ class PolicyRefused(ApiError):
     """A policy document with findings."""
 
     def __init__(self, findings: Sequence[tuple[str, str]]) -> None:
-        super().__init__(422, "policy_invalid", _WRONG, "the policy is refused; correct every finding and send it again")
+        super().__init__(
+            422, "policy_invalid", _WRONG, "the policy is refused; correct every finding and send it again"
+        )
         self.findings = findings  # (path, message)
 
     @property
@@ -51,7 +53,9 @@ def conflict(message: str) -> ApiError:
 
 
 def content_erased() -> ApiError:
-    return ApiError(410, "content_erased", _WRONG, "the content was erased: its key is destroyed; its proofs stay valid")
+    return ApiError(
+        410, "content_erased", _WRONG, "the content was erased: its key is destroyed; its proofs stay valid"
+    )
 
 
 def evidence_damaged() -> ApiError:
