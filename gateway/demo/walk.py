@@ -10,14 +10,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-import httpx
 import openai
 from fastapi import FastAPI
 
@@ -71,7 +71,7 @@ class Walk:
         self._settings = settings
         self._found = Found()
         self._started = datetime.now(UTC) - timedelta(minutes=1)
-        self._http = httpx.Client(trust_env=False, timeout=120)
+        self._http = openai.DefaultHttpxClient(trust_env=False)  # loopback: no proxy of the environment
         self._app = openai.OpenAI(
             api_key=credential(ACME, ["app"], "mia@acme.example"),
             base_url=f"{url}/v1",
@@ -209,14 +209,14 @@ class Walk:
 
     # --- plumbing ---
 
-    def _keep(self, headers: httpx.Headers) -> str:
+    def _keep(self, headers: Mapping[str, str]) -> str:
         """Keep the receipt of an answer; return its request id."""
         _must("x-request-id" in headers and "probity-receipt" in headers, "the answer has no receipt")
         request_id: str = headers["x-request-id"]
         self._found.receipts[request_id] = headers["probity-receipt"]
         return request_id
 
-    def _signed(self, ask: Callable[[], dict[str, object]]) -> dict[str, object]:
+    def _signed(self, ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Ask until a checkpoint covers it: that takes up to a second."""
         deadline = time.monotonic() + SIGNED_WITHIN_S
         while True:
@@ -256,7 +256,7 @@ def run_demo(settings: Settings, *, once: bool, app: FastAPI | None = None) -> b
         if once or not held:
             return held
         _invite(stage, url, credential)
-        with _terminating(), _until_interrupted():
+        with _terminating(), suppress(KeyboardInterrupt):
             server.wait()
         stage.line("\nending; what is in progress is closed first")
     return True
@@ -321,14 +321,6 @@ def _terminating() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _until_interrupted() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        pass
 
 
 def _must(holds: bool, otherwise: str) -> None:

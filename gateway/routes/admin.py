@@ -7,9 +7,9 @@ organisation's floor, for administrators of the platform. Nobody reads a prompt 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request
@@ -29,6 +29,7 @@ from policies.store import AlreadySo, NoSuchVersion, StaleGeneration, StoredVers
 
 router = APIRouter(prefix="/admin/tenants")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_VERSIONS = 100  # of one list
@@ -72,7 +73,7 @@ async def list_versions(
 ) -> JSONResponse:
     """All versions, oldest first, without their documents; `after` leads to the next slice."""
     current = await _state(request, tenant)
-    found = await _read(lambda: state_of(request).policies.versions(tenant, after=after, limit=limit + 1))
+    found = await _read(state_of(request).policies.versions, tenant, after=after, limit=limit + 1)
     shown = found[:limit]
     body = {
         "active": current.active_version,
@@ -203,9 +204,9 @@ async def _state(request: Request, tenant: str) -> TenantState:
     return await _read(state_of(request).policies.state, tenant)
 
 
-async def _read(read: Any, *args: Any) -> Any:
+async def _read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     try:
-        return await asyncio.to_thread(read, *args)
+        return await asyncio.to_thread(read, *args, **kwargs)
     except NoSuchVersion:
         raise errors.not_found() from None
     except SQLAlchemyError:
