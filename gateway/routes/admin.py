@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 
 from audit.writer import LogError
 from gateway import errors, problems
-from gateway.auth.claims import TENANT
+from gateway.auth.claims import RESERVED_TENANTS, TENANT
 from gateway.auth.permissions import Permission, require_tenant, requires
 from gateway.policy_change import Change, PolicyChanges
 from gateway.routes.audit import officer_of, read_body
@@ -98,7 +98,7 @@ async def create_version(request: Request, tenant: str) -> JSONResponse:
     body = await read_body(request, VersionBody)
     change = await _change(request, tenant, body)
     document = _document(body, tenant)
-    number = await _made(_changes(request).draft(change, document), change)
+    number = await _made(request, _changes(request).draft(change, document), change)
     today = state_of(request).clock.now().date()
     answer = {
         "tenant": tenant,
@@ -114,7 +114,7 @@ async def activate(request: Request, tenant: str, number: VersionNumber) -> JSON
     """Let a version hold, from the next request on; requests in progress keep the one they started with."""
     body = await read_body(request, ChangeBody)
     change = await _change(request, tenant, body)
-    effective = await _made(_changes(request).activate(change, number), change)
+    effective = await _made(request, _changes(request).activate(change, number), change)
     answer = {"tenant": tenant, "version": number, "effective_digest": effective.digest}
     return _tagged(answer, change.generation + 1)
 
@@ -124,7 +124,7 @@ async def roll_back(request: Request, tenant: str) -> JSONResponse:
     """Let an earlier version hold again, as a new version."""
     body = await read_body(request, RollbackBody)
     change = await _change(request, tenant, body)
-    number, effective = await _made(_changes(request).roll_back(change, body.to), change)
+    number, effective = await _made(request, _changes(request).roll_back(change, body.to), change)
     current = await _state(request, tenant)
     answer = {"tenant": tenant, "version": number, "to": body.to, "effective_digest": effective.digest}
     return _tagged(answer, current.generation)
@@ -146,7 +146,7 @@ async def _set_suspended(request: Request, tenant: str, *, suspended: bool) -> J
         raise errors.not_found()
     body = await read_body(request, ChangeBody)
     change = await _change(request, tenant, body)
-    await _made(_changes(request).suspend(change, suspended), change)
+    await _made(request, _changes(request).suspend(change, suspended), change)
     status = "suspended" if suspended else "active"
     return _tagged({"tenant": tenant, "status": status}, change.generation + 1)
 
@@ -165,14 +165,14 @@ async def _change(request: Request, tenant: str, body: ChangeBody) -> Change:
     return Change(officer_of(request), tenant, body.reason, current.generation)
 
 
-async def _made(making: Awaitable[T], change: Change) -> T:
+async def _made(request: Request, making: Awaitable[T], change: Change) -> T:
     """Return what the change made; its refusals become ours."""
     try:
         return await making
     except PolicyInvalid as invalid:
         raise problems.PolicyRefused([(finding.path, finding.message) for finding in invalid.findings]) from None
     except StaleGeneration:
-        raise problems.precondition_failed(_etag(change.generation + 1)) from None
+        raise problems.precondition_failed(_etag((await _state(request, change.tenant)).generation)) from None
     except NoSuchVersion:
         raise errors.not_found() from None
     except AlreadySo as already:
@@ -198,7 +198,7 @@ def _document(body: VersionBody, tenant: str) -> PolicyDocument:
 
 async def _state(request: Request, tenant: str) -> TenantState:
     """Return the tenant's state, if this administrator may ask for it."""
-    if tenant != FLOOR_TENANT and not TENANT.fullmatch(tenant):
+    if tenant != FLOOR_TENANT and (not TENANT.fullmatch(tenant) or tenant in RESERVED_TENANTS):
         raise errors.not_found()
     require_tenant(request.state.principal, tenant)
     return await _read(state_of(request).policies.state, tenant)
