@@ -1,4 +1,4 @@
-"""Administrators on the real app: changes against what was seen, with a reason, in one transaction with their record."""
+"""Administrators on the real app: changes against what was seen, with a reason, in one transaction with a record."""
 
 from __future__ import annotations
 
