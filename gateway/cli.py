@@ -63,8 +63,9 @@ def demo(
     """Start the embedded default, walk through it on real requests, and keep serving until Ctrl-C."""
     from gateway.demo.walk import run_demo
 
+    # The embedded default, whatever this directory or environment configure for serving.
     with _start_refusals():
-        held = run_demo(_settings(None, data, {"server.port": port}), once=once)
+        held = run_demo(_read_settings(None, {}, data, {"server.port": port}), once=once)
     if not held:
         raise typer.Exit(FAILED)
 
@@ -323,6 +324,12 @@ def _settings(config: Path | None, data: Path | None, overrides: Mapping[str, ob
     environment = {name: value for name, value in os.environ.items() if name != CREDENTIAL_VARIABLE}
     if config is None and Path("probity.toml").exists():
         config = Path("probity.toml")
+    return _read_settings(config, environment, data, overrides)
+
+
+def _read_settings(
+    config: Path | None, environment: Mapping[str, str], data: Path | None, overrides: Mapping[str, object]
+) -> Settings:
     try:
         return load_settings(config, environment, {"data_dir": None if data is None else str(data), **overrides})
     except SettingsError as error:

@@ -46,8 +46,9 @@ CARD, EMAIL = "4111 1111 1111 1111", "mia@example.com"
 CREDENTIAL_TTL_S = 8 * 3600
 SIGNED_WITHIN_S = 10.0
 
-QUESTION = "What is the fee for an international transfer?"
-COMPLAINT = f"My card {CARD} was charged twice, write to {EMAIL}. What documents do you need?"
+QUESTION = "How do I open an account?"
+COMPLAINT = f"My card {CARD} was stolen, write to {EMAIL}."
+CARD_QUESTION = "What is the test card number?"  # the model knows it; the policy does not let it out
 
 
 class StepFailed(Exception):
@@ -90,7 +91,7 @@ class Walk:
         return [
             ("An application asks, and the answer streams", self.streamed_answer),
             ("The policy refuses a purpose that no rule allows", self.denial),
-            ("Personal data never reaches the model", self.redaction),
+            ("Personal data never reaches the model, nor leaves it", self.redaction),
             ("An officer finds each of them on record", self.records),
             ("A receipt is held against the log: an inclusion proof, checked here", self.inclusion),
             ("The answer is generated again, bit for bit", self.replayed),
@@ -104,9 +105,9 @@ class Walk:
             model=MODEL,
             messages=[{"role": "user", "content": QUESTION}],
             stream=True,
-            temperature=0.7,
+            temperature=0.2,
             seed=SEED,
-            max_tokens=64,
+            max_tokens=200,
         )
         pieces = [chunk.choices[0].delta.content or "" for chunk in raw.parse() if chunk.choices]
         answer = "".join(pieces).strip()
@@ -140,7 +141,20 @@ class Walk:
         seen = content["prompt_to_model"]
         _must(CARD in content["prompt"], "the prompt as sent is not on record")
         _must(CARD not in seen and EMAIL not in seen, "the model saw personal data")
-        return [f"sent:      {COMPLAINT}", f"model saw: {_short(' '.join(seen.split()), 160)}"]
+        return [f"sent:      {COMPLAINT}", f"model saw: {_short(' '.join(seen.split()), 160)}", *self._withheld()]
+
+    def _withheld(self) -> list[str]:
+        """Ask for what the output guardrail withholds, streamed: it is held until it was inspected."""
+        chunks = self._app.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": CARD_QUESTION}],
+            max_tokens=64,
+            temperature=0,
+            stream=True,
+        )
+        answer = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        _must(CARD not in answer, "a card number left the gateway")
+        return [f"asked:     {CARD_QUESTION}", f"delivered: {_short(answer.strip())}"]
 
     # --- the officer ---
 
