@@ -33,7 +33,7 @@ from gateway.auth.trust import key_client, trusted_verifier
 from gateway.error_responses import Containment, install_error_handlers
 from gateway.identification import RequestIdentification
 from gateway.pipeline import Clock, Pipeline
-from gateway.routes import health, inference, models, receipts
+from gateway.routes import admin, audit, health, inference, models, receipts
 from gateway.settings import Settings
 from gateway.state import AppState
 from gateway.telemetry import Telemetry
@@ -60,7 +60,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock
         raise
     app = FastAPI(title="Probity", version="2026.11.0", lifespan=_lifespan, openapi_url=None)
     app.state.probity = state
-    for routes in (inference, models, receipts, health):
+    for routes in (inference, models, receipts, health, audit, admin):
         app.include_router(routes.router)
     install_error_handlers(app)
     return app

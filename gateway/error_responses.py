@@ -117,7 +117,13 @@ def _parameter_names(request: Request) -> Iterable[str]:
     if dependant is None:
         return ()
     groups = (dependant.path_params, dependant.query_params, dependant.header_params)
-    return [field.alias for group in groups for field in group]
+    return [name for group in groups for field in group for name in (field.alias, *_members(field))]
+
+
+def _members(field: Any) -> Iterable[str]:
+    """Return the names that a model of parameters declares; one by one they stand in the query."""
+    declared = getattr(field.field_info.annotation, "model_fields", {})
+    return [member.alias or name for name, member in declared.items()]
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from starlette.requests import Request
@@ -10,6 +10,7 @@ from starlette.requests import Request
 from audit.log import AuditLog
 from audit.reader import AuditReader
 from engine.request import Engine
+from gateway.bounded_reads import BoundedReads
 from gateway.pipeline import Clock, Pipeline
 from gateway.settings import Settings
 from gateway.telemetry import Telemetry
@@ -29,6 +30,7 @@ class AppState:
     engine: Engine
     pipeline: Pipeline
     telemetry: Telemetry
+    reads: BoundedReads = field(default_factory=BoundedReads)  # what officers read, beside the event loop
 
 
 def state_of(request: Request) -> AppState:

@@ -50,7 +50,13 @@ ROLE_PERMISSIONS: dict[str, frozenset[Permission]] = {
     "policy_author": frozenset({Permission.READ_POLICY, Permission.WRITE_POLICY}),
     "policy_approver": frozenset({Permission.READ_POLICY, Permission.ACTIVATE_POLICY}),
     "admin": frozenset(
-        {Permission.READ_POLICY, Permission.READ_PLATFORM, Permission.MANAGE_TENANTS, Permission.OPERATE}
+        {
+            Permission.READ_POLICY,
+            Permission.ACTIVATE_POLICY,
+            Permission.READ_PLATFORM,
+            Permission.MANAGE_TENANTS,
+            Permission.OPERATE,
+        }
     ),
     "operator": frozenset({Permission.READ_PLATFORM, Permission.OPERATE}),
     "dpo": frozenset({Permission.READ_RECORDS, Permission.MANAGE_ERASURE}),

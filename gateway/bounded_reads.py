@@ -1,0 +1,39 @@
+"""Blocking reads beside the event loop: a few at once, some more may wait, the rest are told to come back.
+
+Knows nothing of what is read. Officers' queries scan; they must not take the threads or the connections that
+requests are answered with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from gateway import errors
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+AT_ONCE = 4  # reads that run
+WAITING = 64  # reads that wait; more are answered 503 `overloaded`
+
+
+class BoundedReads:
+    """One per process; lives on the event loop."""
+
+    def __init__(self, at_once: int = AT_ONCE, waiting: int = WAITING) -> None:
+        self._slots = asyncio.Semaphore(at_once)
+        self._admitted = 0
+        self._most = at_once + waiting
+
+    async def run(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return what `read` returns, from another thread. Raises: ApiError when too many wait; what `read` raises."""
+        if self._admitted >= self._most:
+            raise errors.overloaded()
+        self._admitted += 1
+        try:
+            async with self._slots:
+                return await asyncio.to_thread(read, *args, **kwargs)
+        finally:
+            self._admitted -= 1

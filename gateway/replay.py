@@ -1,0 +1,189 @@
+"""Replay of a recorded request: made again from its leaves and its content alone, and generated again.
+
+Every choice is run through engine/replay.py with the tokens of the prompt that the model saw, the sampling that the
+leaf states and the stop strings of the body as sent. Nothing of the replay reaches a client, and no policy is asked:
+what was allowed then is compared, not decided anew.
+
+ReplayRefused    the only error of ours: this request cannot be replayed here; the message says why
+(the engine's own errors, engine/request.py, pass through)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from audit.leaf import Leaf
+from audit.reader import RevealedContent
+from audit.records import Json, RecordType
+from engine.replay import ReplayOutcome, regenerate
+from engine.request import Engine, GenerationRequest, SamplingParams
+from gateway.schemas.inference import ChatRequest, CompletionRequest
+from gateway.strict_json import MalformedJson, parse_json
+
+
+class ReplayRefused(Exception):
+    """The request cannot be replayed here."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceReplay:
+    index: int
+    outcome: str  # identical | consistent | different
+    first_difference: int | None  # output position, 0 the first
+    tokens: int  # replayed
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    request_id: str
+    outcome: str  # the weakest of its choices: different < consistent < identical
+    first_difference: int | None  # of the first choice that differs
+    model: str  # version digest
+    recorded_engine: str  # digest of the numeric policy then …
+    engine: str  # … and now
+    choices: tuple[ChoiceReplay, ...]
+
+    def recorded(self) -> dict[str, Json]:
+        """Return what the log keeps of it."""
+        return {
+            "mode": "regenerate",
+            "outcome": self.outcome,
+            "model": self.model,
+            "recorded_engine": self.recorded_engine,
+            "engine": self.engine,
+            "choices": [asdict(choice) for choice in self.choices],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a replay needs of the evidence."""
+
+    request_id: str
+    version: str  # of the model that answered
+    engine: str  # numeric policy
+    chat: bool
+    prompt_to_model: str
+    sampling: SamplingParams  # of choice 0
+    choices: tuple[Mapping[str, Any], ...]  # ChoiceEntry members as recorded
+    tokens: tuple[tuple[int, ...], ...]  # as generated, one member a choice
+
+
+def recording(leaves: Sequence[Leaf], content: RevealedContent) -> Recording:
+    """Return the recording of a request. Raises: ReplayRefused."""
+    received = next((leaf for leaf in leaves if leaf.type is RecordType.REQUEST_RECEIVED), None)
+    completed = next((leaf for leaf in leaves if leaf.type is RecordType.REQUEST_COMPLETED), None)
+    if received is None:
+        raise ReplayRefused("the request was denied: there is no answer to replay")
+    if completed is None or content.output_tokens is None:
+        raise ReplayRefused("the request has no completed answer: only what was generated to an end is replayed")
+    if content.prompt is None or content.prompt_to_model is None:
+        raise ReplayRefused("the content of the request is not there")
+    body: Any = received.body
+    chat = body["action"] == "chat.completions"
+    return Recording(
+        request_id=str(received.request),
+        version=body["model"]["version"],
+        engine=body["model"]["engine"],
+        chat=chat,
+        prompt_to_model=content.prompt_to_model.decode(),
+        sampling=_sampling(body["sampling"], _stops(content.prompt, chat=chat)),
+        choices=tuple(completed.body["choices"]),  # type: ignore[arg-type]
+        tokens=tuple(tuple(tokens) for tokens in orjson.loads(content.output_tokens)),
+    )
+
+
+async def replay(engine: Engine, recorded: Recording, replay_id: str) -> Replay:
+    """Generate every choice again and compare. `replay_id` is new; it names the replay to the engine.
+
+    Raises:
+        ReplayRefused: another model version is loaded, or a choice has no digest.
+        EngineError: the engine's own refusals.
+    """
+    if engine.model.digest != recorded.version:
+        raise ReplayRefused(
+            f"the answer came from model version `{recorded.version}`, and `{engine.model.digest}` is loaded; "
+            "start a gateway with the recorded version"
+        )
+    prompt = tuple(engine.encode(recorded.prompt_to_model, chat=recorded.chat))
+    choices = [
+        await _replay_choice(engine, recorded, prompt, position, f"{replay_id}/{position}")
+        for position in range(len(recorded.choices))
+    ]
+    return _verdict(engine, recorded, choices)
+
+
+async def _replay_choice(
+    engine: Engine, recorded: Recording, prompt: tuple[int, ...], position: int, replay_id: str
+) -> ChoiceReplay:
+    entry, tokens = recorded.choices[position], recorded.tokens[position]
+    if not entry["replay"] and tokens:
+        raise ReplayRefused("a choice was cut off without a digest: there is nothing to compare its bits with")
+    sampling = recorded.sampling
+    request = GenerationRequest(
+        request_id=replay_id,
+        prompt=prompt,
+        sampling=SamplingParams(
+            max_tokens=sampling.max_tokens,
+            seed=int(entry["seed"]),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            stop=sampling.stop,
+            ignore_eos=sampling.ignore_eos,
+        ),
+        cache_salt=b"",  # engine/replay.py gives it one that nobody shares
+        fairness_key="replay",
+    )
+    verdict = await regenerate(
+        engine, request, entry["replay"], recorded_policy=recorded.engine, recorded_tokens=tokens
+    )
+    return ChoiceReplay(entry["index"], verdict.outcome.value, verdict.first_difference, verdict.output_tokens)
+
+
+def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay]) -> Replay:
+    outcomes = {choice.outcome for choice in choices}
+    weakest = next(
+        outcome.value
+        for outcome in (ReplayOutcome.DIFFERENT, ReplayOutcome.CONSISTENT, ReplayOutcome.IDENTICAL)
+        if outcome.value in outcomes
+    )
+    first = next((choice for choice in choices if choice.outcome == ReplayOutcome.DIFFERENT.value), None)
+    return Replay(
+        request_id=recorded.request_id,
+        outcome=weakest,
+        first_difference=None if first is None else first.first_difference,
+        model=recorded.version,
+        recorded_engine=recorded.engine,
+        engine=engine.numeric_policy,
+        choices=tuple(choices),
+    )
+
+
+def _sampling(stated: Mapping[str, Any], stop: tuple[str, ...]) -> SamplingParams:
+    """Return the sampling that a leaf states. Decimals read back as the doubles they were."""
+    return SamplingParams(
+        max_tokens=stated["max_tokens"],
+        seed=int(stated["seed"]),
+        temperature=float(stated["temperature"]),
+        top_p=float(stated["top_p"]),
+        top_k=stated["top_k"],
+        min_p=float(stated["min_p"]),
+        stop=stop,
+        ignore_eos=stated["ignore_eos"],
+    )
+
+
+def _stops(body: bytes, *, chat: bool) -> tuple[str, ...]:
+    """Return the stop strings: they are content, and stand in the body as sent."""
+    kind: type[ChatRequest | CompletionRequest] = ChatRequest if chat else CompletionRequest
+    try:
+        return kind.model_validate(parse_json(body)).stops
+    except (MalformedJson, ValidationError):
+        raise ReplayRefused("the body as sent is of a form that this version of the gateway does not read") from None
