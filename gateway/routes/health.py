@@ -1,4 +1,7 @@
-"""`/livez`, `/readyz`, `/metrics`, `/openapi.json`: for the machines that watch this process. No content, no names of people."""
+"""`/livez`, `/readyz`, `/metrics`, `/openapi.json`: for the machines that watch this process.
+
+No content, no names of people.
+"""
 
 from __future__ import annotations
 
