@@ -330,11 +330,14 @@ class EngineRuntime:
             posts.append((stream, emission.delta))
             if emission.delta.finish_reason is not None:
                 ended.append(stream)
+        # Forgotten first: who hears of the end may use the id again.
+        if ended:
+            self._forget(ended)
         gone = self._send(posts)
         for stream in gone:
             self._core.abort(stream.request_id)
-        if ended or gone:
-            self._forget([*ended, *gone])
+        if gone:
+            self._forget(gone)
 
     def _send(self, posts: Iterable[_Post]) -> list[Stream]:
         """Hand each item to its stream, once per loop; return the streams whose loop is gone."""

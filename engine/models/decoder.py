@@ -210,7 +210,7 @@ class Decoder:
         self, layer: Layer, normed: Tensor, inputs: StepInputs, cache: KVCache, cos: Tensor, sin: Tensor
     ) -> Tensor:
         config, tokens = self.config, normed.shape[0]
-        query, key, value = torch.split(self._linear(normed, layer.qkv, layer.qkv_bias), config.qkv_sizes, dim=-1)
+        query, key, value = torch.split(self._linear(normed, layer.qkv, layer.qkv_bias), list(config.qkv_sizes), dim=-1)
         query = query.view(tokens, config.num_attention_heads, config.head_dim)
         key = key.view(tokens, config.num_key_value_heads, config.head_dim)
         value = value.view(tokens, config.num_key_value_heads, config.head_dim)
