@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from audit.records import MAX_LEAF_BYTES, Json
 
@@ -109,26 +110,30 @@ def leaf_hash(leaf: bytes) -> bytes:
 
 
 def _check(value: Json, depth: int) -> None:
-    if value is None or isinstance(value, bool):
+    kind = type(value)  # the common kinds first: this runs for every member of every leaf
+    if kind is str:
+        _check_text(value)  # type: ignore[arg-type]
+    elif value is None or kind is bool:
         return
-    if isinstance(value, int):
+    elif isinstance(value, int):
         if abs(value) > MAX_INTEGER:
             raise NotRepresentable("an integer lies outside ±(2**53 − 1); write it as text")
     elif isinstance(value, str):
         _check_text(value)
     elif depth > MAX_DEPTH:
         raise NotRepresentable(f"the value is nested deeper than {MAX_DEPTH}")
-    elif isinstance(value, Mapping):
-        for key, member in value.items():
+    elif kind is dict or isinstance(value, Mapping):
+        for key, member in value.items():  # type: ignore[union-attr]
             _check_key(key)
             _check(member, depth + 1)
-    elif isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview)):
+    elif kind is list or (isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview))):
         for member in value:
             _check(member, depth + 1)
     else:
         raise NotRepresentable(f"`{type(value).__name__}` has no canonical form; write decimals and bytes as text")
 
 
+@lru_cache(maxsize=4096)  # there are few keys, and only good ones are kept
 def _check_key(key: object) -> None:
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise NotRepresentable("an object key is not of the form `[a-z0-9_]+`")

@@ -728,7 +728,7 @@ class Writer:
 _OPENS_KEY = frozenset({RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED})
 
 # Texts that stand in a column: the longest each may be. PostgreSQL would refuse the whole batch for one of them.
-_INDEX_TEXTS = tuple((c.name, c.type.length) for c in request_index.columns if isinstance(c.type, String))
+_INDEX_TEXTS = {c.name: c.type.length for c in request_index.columns if isinstance(c.type, String) and c.type.length}
 _MAX_TENANT = 128
 _MAX_ORIGIN = 255
 _MAX_ID = 36
@@ -748,8 +748,9 @@ class _IndexRows:
         opening = [opening_row(new, tenant, key_id, moment)] if new.type in _OPENS_KEY else []
         closing = [closing_values(new, moment)] if new.type in CLOSING else []
         for row in (*opening, *closing):
-            for name, longest in _INDEX_TEXTS:
-                _check_text(name, row.get(name), longest)
+            for name, value in row.items():
+                if type(value) is str and (len(value) > _INDEX_TEXTS.get(name, len(value)) or "\0" in value):
+                    _check_text(name, value, _INDEX_TEXTS.get(name))
         return cls(opening, closing)
 
 
@@ -877,4 +878,4 @@ def _us(seconds: float) -> int:
 
 
 def _iso(moment: float) -> str:
-    return datetime.fromtimestamp(_us(moment) / 1_000_000, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.fromtimestamp(_us(moment) / 1_000_000, UTC).isoformat(timespec="microseconds")[:-6] + "Z"

@@ -37,7 +37,9 @@ from tests.support.audit_log import (
     received,
     request_id,
     segment,
+    server_place,
 )
+from tests.support.postgres import PostgresServer
 
 R = [request_id(number) for number in range(64)]
 
@@ -307,3 +309,33 @@ def test_a_log_without_its_ratchet_or_a_key_is_refused(tmp_path: Path) -> None:
     (place.settings.keys / "master.key").unlink()
     with pytest.raises(KeyFileMissing, match=r"`master\.key` is missing"):
         place.open()
+
+
+# --- several gateways, one PostgreSQL ---
+
+
+async def test_gateways_that_share_a_database_share_the_logs_and_number_each_leaf_once(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
+    first = server_place(tmp_path, postgres.database())
+    logs = [first.open()]
+    for number in (1, 2):
+        other = replace(first.settings, ratchet=tmp_path / f"ratchet-{number}")
+        other.ratchet.write_text("probity/ratchet/v1 0\n")
+        logs.append(AuditLog.open(other))
+
+    async def one(number: int) -> None:
+        log = logs[number % 3]
+        tenant = f"tenant-{number % 4}"  # opened by all of them at once, in different orders
+        await log.append(received(request_id(number), tenant))
+        await log.journal(segment(request_id(number), 0, "a", tenant))
+        await log.append(completed(request_id(number), tenant))
+
+    await asyncio.gather(*map(one, range(600)))
+    for log in logs:
+        log.close()
+    report = first.verify()
+    assert report.first_wrong is None
+    assert all(entry.leaves == entry.signed_size and not entry.unnumbered for entry in report.logs)
+    assert first.rows("SELECT count(*) FROM leaf WHERE type LIKE 'request.%'") == [(1_200,)]
+    assert first.rows("SELECT DISTINCT status FROM request_index") == [("completed",)]
