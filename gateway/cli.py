@@ -317,6 +317,25 @@ def check(
         _fail("a file is not UTF-8")
 
 
+@model_app.command("digest")
+def model_digest(
+    path: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="In the Hugging Face layout.")],
+) -> None:
+    """Print the version digest under which a policy approves this model; what it is made of goes to stderr."""
+    from engine.config import EngineStartError
+    from engine.weights import digest_directory
+
+    try:
+        version = digest_directory(path)
+    except EngineStartError as refused:
+        _fail(str(refused))
+    except OSError as error:
+        _fail(f"`{error.filename}`: {error.strerror}")
+    for name in ("weights", "config", "tokenizer", "template"):
+        _say(f"{name}: {getattr(version, name)}")
+    print(version.digest)
+
+
 # --- plumbing ---
 
 
