@@ -10,6 +10,7 @@ import getpass
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -85,9 +87,25 @@ def serve(
         gateway = create_app(settings)
         _say(f"serving on {settings.server.host}:{settings.server.port}, data in `{settings.data_dir}`")
         running = server(gateway)
-        running.run()
+        with _ending_well():
+            running.run()
     if not running.started:
         _fail("the server did not start; is the port in use?")
+
+
+@contextmanager
+def _ending_well() -> Iterator[None]:
+    """Exit 0 on SIGTERM and Ctrl-C. The server raises the signal again once it has drained and closed the log."""
+
+    def end(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()
