@@ -10,6 +10,7 @@ import getpass
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -85,9 +87,25 @@ def serve(
         gateway = create_app(settings)
         _say(f"serving on {settings.server.host}:{settings.server.port}, data in `{settings.data_dir}`")
         running = server(gateway)
-        running.run()
+        with _ending_well():
+            running.run()
     if not running.started:
         _fail("the server did not start; is the port in use?")
+
+
+@contextmanager
+def _ending_well() -> Iterator[None]:
+    """Exit 0 on SIGTERM and Ctrl-C. The server raises the signal again once it has drained and closed the log."""
+
+    def end(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(0)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @app.command()
@@ -315,6 +333,25 @@ def check(
         raise typer.Exit(FAILED) from None
     except UnicodeDecodeError:
         _fail("a file is not UTF-8")
+
+
+@model_app.command("digest")
+def model_digest(
+    path: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="In the Hugging Face layout.")],
+) -> None:
+    """Print the version digest under which a policy approves this model; what it is made of goes to stderr."""
+    from engine.config import EngineStartError
+    from engine.weights import digest_directory
+
+    try:
+        version = digest_directory(path)
+    except EngineStartError as refused:
+        _fail(str(refused))
+    except OSError as error:
+        _fail(f"`{error.filename}`: {error.strerror}")
+    for name in ("weights", "config", "tokenizer", "template"):
+        _say(f"{name}: {getattr(version, name)}")
+    print(version.digest)
 
 
 # --- plumbing ---

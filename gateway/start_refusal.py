@@ -13,6 +13,7 @@ from audit.keys import KeyRefused
 from audit.keystore import KeyStoreError
 from audit.ratchet import RatchetError
 from audit.writer import LogError
+from engine.config import EngineStartError
 from gateway.auth.development import DevelopmentKeyUnsafe
 
 
@@ -26,6 +27,7 @@ START_REFUSALS: tuple[type[Exception], ...] = (
     KeyStoreError,
     RatchetError,
     LogError,
+    EngineStartError,
     DevelopmentKeyUnsafe,
     NotServing,
     SQLAlchemyError,

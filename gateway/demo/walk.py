@@ -260,7 +260,7 @@ def run_demo(settings: Settings, *, once: bool, app: FastAPI | None = None) -> b
     stage.opening(f"Probity, embedded: data in `{settings.data_dir}`")
     app = app or create_app(settings)
     server = BackgroundServer(app)
-    with server as url:
+    with _terminating(), server as url:
         issuer = DevelopmentIssuer.open(settings.data_dir, time.time)
 
         def credential(tenant: str, roles: list[str], subject: str) -> str:
@@ -270,7 +270,7 @@ def run_demo(settings: Settings, *, once: bool, app: FastAPI | None = None) -> b
         if once or not held:
             return held
         _invite(stage, url, credential)
-        with _terminating(), suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt):
             server.wait()
         stage.line("\nending; what is in progress is closed first")
     return True

@@ -24,7 +24,15 @@ from gateway.policy_change import Change, PolicyChanges
 from gateway.routes.audit import officer_of, read_body
 from gateway.schemas.administration import ChangeBody, RollbackBody, VersionBody
 from gateway.state import AppState, state_of
-from policies.document import FLOOR_TENANT, Finding, PolicyDocument, PolicyInvalid, parse_policy, warnings
+from policies.document import (
+    FLOOR_TENANT,
+    Finding,
+    PolicyDocument,
+    PolicyInvalid,
+    parse_policy,
+    read_document,
+    warnings,
+)
 from policies.store import AlreadySo, NoSuchVersion, StaleGeneration, StoredVersion, TenantState
 
 router = APIRouter(prefix="/admin/tenants")
@@ -183,9 +191,8 @@ async def _made(request: Request, making: Awaitable[T], change: Change) -> T:
 
 def _document(body: VersionBody, tenant: str) -> PolicyDocument:
     """Return the document, whole and the tenant's own. Raises: ApiError with every finding."""
-    text = body.document if isinstance(body.document, str) else orjson.dumps(body.document).decode()
     try:
-        document = parse_policy(text)
+        document = parse_policy(body.document) if isinstance(body.document, str) else read_document(body.document)
         if document.tenant != tenant:
             raise PolicyInvalid([Finding("tenant", "is not the tenant whose policy this is")])
     except PolicyInvalid as invalid:

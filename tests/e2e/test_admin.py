@@ -158,6 +158,16 @@ def test_a_tenant_cannot_loosen_the_floor(gateway: RunningGateway, author: Hand,
     assert [leaf.type.value for leaf in leaves(gateway, "system")][-2:] == ["policy.drafted", "policy.activated"]
 
 
+@pytest.mark.parametrize(
+    "document",
+    [{}, {"name": 10**30}, {"name": 0.5}, {"name": {"a": {"b": [None, True]}}}, [], 7, None, "", "\x00", "{"],
+)
+def test_what_is_no_document_at_all_is_refused_and_never_an_accident(author: Hand, document: Any) -> None:
+    answer = author.post(VERSIONS, {"reason": REASON, "document": document}, etag(author))
+    assert answer.status_code in (400, 422)
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
 # --- against what was seen ---
 
 

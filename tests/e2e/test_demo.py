@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fastapi import FastAPI
+from typer.testing import CliRunner
 
 from gateway.app import create_app
+from gateway.cli import app as cli
+from gateway.demo import model_directory
 from gateway.demo.walk import CARD, EMAIL, run_demo
+from gateway.officer_client import answers
 from gateway.settings import Settings, load_settings
 from tests.support.scripted_engine import ScriptedEngine
+from tests.support.server import free_port
 
 ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+needs_model = pytest.mark.skipif(
+    not (model_directory() / "config.json").exists(), reason="the bundled model is not in this checkout"
+)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "gateway.cli", *arguments]
 
 
 def reply(prompt: str) -> str:
@@ -56,10 +72,40 @@ def test_an_answer_that_cannot_be_repeated_fails_its_step_by_name(
     assert "\n7. " not in told  # the walk ends there
 
 
+@needs_model
 def test_the_demo_command_holds_on_the_bundled_model(tmp_path: Path) -> None:
-    pytest.importorskip("engine.load", reason="the engine's loader is not part of this checkout")
-    command = [sys.executable, "-m", "gateway.cli", "demo", "--once", "--data", str(tmp_path / "data"), "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(
+        command("demo", "--once", "--data", str(tmp_path / "data"), "--port", "0"),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.count("   held") == 7
+
+
+@needs_model
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_serve_drains_and_ends_well_when_it_is_told_to(tmp_path: Path, how: signal.Signals) -> None:
+    port = free_port()
+    serving = subprocess.Popen(
+        command("serve", "--data", str(tmp_path / "data"), "--port", str(port)),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not answers(f"http://127.0.0.1:{port}"):
+            assert serving.poll() is None, serving.stderr.read() if serving.stderr else ""
+            time.sleep(0.05)
+        serving.send_signal(how)
+        _, told = serving.communicate(timeout=60)
+    finally:
+        serving.kill()
+    assert serving.returncode == 0, told
+    verified = CliRunner().invoke(cli, ["audit", "verify", "--data", str(tmp_path / "data")])
+    assert verified.exit_code == 0, verified.output

@@ -14,16 +14,17 @@ from gateway.errors import ApiError
 async def test_no_more_run_at_once_than_there_are_slots_and_the_rest_are_told_to_come_back() -> None:
     reads = BoundedReads(at_once=2, waiting=3)
     begun: list[int] = []
-    go = threading.Event()
+    two_run, go = threading.Barrier(3), threading.Event()
 
     def read(number: int) -> int:
         begun.append(number)
+        if not go.is_set():
+            two_run.wait(10)
         assert go.wait(10)
         return number
 
     admitted = [asyncio.ensure_future(reads.run(read, number)) for number in range(5)]
-    while len(begun) < 2:
-        await asyncio.sleep(0)
+    await asyncio.to_thread(two_run.wait, 10)
     with pytest.raises(ApiError) as refused:
         await reads.run(read, 5)
     assert refused.value.code == "overloaded"
