@@ -354,9 +354,9 @@ class EngineRuntime:
 
     def _check_integrity(self) -> None:
         findings = self._core.check_integrity()
-        self._findings += len(findings)
         for finding in findings:
             logger.error("engine bookkeeping: %s: %s", finding.defect, finding.message)
+        self._findings += len(findings)
 
     def _die(self, reason: str) -> None:
         with self._lock:

@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3, by configuration: one decoder, names as in Hugging Face.
 
-    embed ─▶ [norm ─▶ qkv ─▶ (q, k norm) ─▶ rope ─▶ store ─▶ attention ─▶ o ─▶ norm ─▶ gate·up ─▶ down] ─▶ norm ─▶ logits
+    embed ─▶ [norm ─▶ qkv ─▶ (q, k norm) ─▶ rope ─▶ store ─▶ attention ─▶ o ─▶ norm ─▶ gate·up ─▶ down] ─▶ norm ─▶ head
 
 What differs between them is a bias on qkv (Qwen2), a norm on each head (Qwen3), the rope scaling. A feature that is not
 computed exactly here is refused when the configuration is read, by name. Layers take the step's inputs as an argument;
