@@ -33,6 +33,7 @@ from gateway.entries import guardrail_entries, limit_entries
 from gateway.errors import ApiError
 from gateway.grant import Grant
 from gateway.release import Release
+from gateway.telemetry import Telemetry
 from policies.guardrails import OutputInspector, Verdict
 from policies.limits import LimitLedger
 
@@ -61,6 +62,7 @@ class Generation:
         engine: Engine,
         log: AuditLog,
         ledger: LimitLedger,
+        telemetry: Telemetry,
         monotonic: Callable[[], float],
         suspended: Callable[[], bool],
         cache_salt: bytes,
@@ -71,6 +73,7 @@ class Generation:
         self._engine = engine
         self._log = log
         self._ledger = ledger
+        self._telemetry = telemetry
         self._monotonic = monotonic
         self._suspended = suspended
         self._recorded = recorded
@@ -149,6 +152,7 @@ class Generation:
     # --- closing ---
 
     async def _close(self, failure: ApiError | None) -> None:
+        self._observe()
         used = len(self._grant.prompt) + sum(len(choice.tokens) for choice in self._choices)
         self._ledger.settle(self._grant.question.request_id, used)
         record = self._completed(used) if failure is None else self._failed(failure)
@@ -174,6 +178,13 @@ class Generation:
                 receipt=str(receipt),
             )
         )
+
+    def _observe(self) -> None:
+        for index, choice in enumerate(self._choices):
+            if choice.stats is not None:
+                self._telemetry.engine.observe_sequence(choice.stats, self._release.finish_reason(index) or "cancelled")
+        for verdict in (*self._grant.verdicts, *self._verdicts()):
+            self._telemetry.gateway.count_guardrail(verdict.detector, verdict.stage.value, verdict.outcome.value)
 
     def _completed(self, used: int) -> Record:
         question = self._grant.question

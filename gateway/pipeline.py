@@ -38,6 +38,9 @@ from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore
 
 
+NO_POLICY = "none"  # stands for the digest where a tenant has no policy
+
+
 @dataclass(frozen=True, slots=True)
 class Clock:
     now: Callable[[], datetime]  # UTC
@@ -97,29 +100,37 @@ class Pipeline:
 
         Raises: ApiError, one row of contract.md's table; a refusal by policy carries its receipt.
         """
+        try:
+            answer = await self._answer(question)
+        except ApiError as error:
+            self._telemetry.gateway.count_request(question.action, error.status, error.code)
+            raise
+        self._telemetry.gateway.count_request(question.action, 200)
+        return answer
+
+    async def _answer(self, question: Question) -> Answer:
         if self._draining:
             raise errors.draining()
         if len(self._governed) >= self._max_governed:
             raise errors.overloaded()
-        policy = self._policies.current(question.principal.tenant)
-        if policy is None:
-            raise errors.policy_denied("no policy is active for this tenant; an administrator activates one")
         try:
             with self._telemetry.stage("probity.decide"):
-                grant = self._decide(question, policy)
+                grant = self._decide(question, self._policy(question.principal.tenant))
                 self._reserve(grant)
         except Denied as denied:
             raise await self._put_denial_on_record(question, denied) from None
         try:
+            appending = self._clock.monotonic()
             with self._telemetry.stage("probity.record"):
                 receipt = await self._log.append(self._received(grant))  # promise 1: the engine knows nothing yet
+            self._telemetry.gateway.observe_append(self._clock.monotonic() - appending)
         except LogUnavailable:
             self._ledger.settle(question.request_id, 0)
             raise errors.audit_unavailable() from None
         outbox = self._govern(grant)
         return Answer(
             receipt=str(receipt),
-            policy=policy.digest,
+            policy=grant.decision.policy,
             model=self._engine.model.digest,
             fingerprint=self._engine.numeric_policy,
             created=int(self._clock.now().timestamp()),
@@ -127,6 +138,13 @@ class Pipeline:
         )
 
     # --- deciding ---
+
+    def _policy(self, tenant: str) -> EffectivePolicy:
+        policy = self._policies.current(tenant)
+        if policy is None:
+            error = errors.policy_denied("no policy is active for this tenant; an administrator activates one")
+            raise Denied(error, Decision.deny(DeniedBy.RULE, NO_POLICY, Reason("no_policy")))
+        return policy
 
     def _decide(self, question: Question, policy: EffectivePolicy) -> Grant:
         """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
@@ -274,6 +292,7 @@ class Pipeline:
             engine=self._engine,
             log=self._log,
             ledger=self._ledger,
+            telemetry=self._telemetry,
             monotonic=self._clock.monotonic,
             suspended=lambda: self._policies.suspended(tenant),
             cache_salt=hmac.digest(self._salt_key, tenant.encode(), "sha256"),

@@ -7,8 +7,6 @@ checks but the keys. The bare signature is shown beside it: the rest is ours.
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -17,21 +15,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, padding
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from tests.benchmarks.machine import describe_machine
 from tests.support.credentials import credential, ec_key, es256, es_credential, rs256, rsa_key, verifier
 
 ROUNDS = 40
 CHECKS = 100  # a round
 MESSAGE = b"x" * 400
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            model = next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
 def report(name: str, rounds_us: list[float]) -> None:
@@ -74,7 +63,7 @@ def bare_ec() -> Callable[[], object]:
 
 
 def main() -> None:
-    print(f"machine: {machine()}; means of {CHECKS} checks, {ROUNDS} rounds")
+    print(f"machine: {describe_machine()}; means of {CHECKS} checks, {ROUNDS} rounds")
     asyncio.run(check("credential, RS256 (2048 bits)", credential()))
     bare("  of which the signature", bare_rsa())
     asyncio.run(check("credential, ES256 (P-256)", es_credential()))

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import platform
 import random
 import time
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from dataclasses import dataclass
 from engine.core import EngineCore
 from engine.plan import BLOCK_SIZE, StepPlan, StepResult
 from engine.request import GenerationRequest
+from tests.benchmarks.machine import describe_machine
 from tests.support.engine_core import make_core, make_request
 from tests.support.paged_runner import PagedRunner
 
@@ -101,22 +100,12 @@ def observe(core: EngineCore, waste: Waste) -> None:
             waste.filled += sequence.computed
 
 
-def machine() -> str:
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} CPUs, Python {platform.python_version()}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=400)
     options = parser.parse_args()
     requests = build_requests(options.requests)
-    print(machine())
+    print(describe_machine())
     print(f"{len(requests)} requests, mean lengths {mean_lengths(requests)}, block size {BLOCK_SIZE}")
     print("in flight   paged waste   reserving prompt+max_tokens   reserving the context   scheduling per step / row")
     for concurrency in (1, 8, 32, 128, 256):

@@ -1,0 +1,110 @@
+"""What governance costs: the gateway with everything on, against the bare engine behind the same HTTP layer.
+
+    python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--commit-delay-ms 1] [--requests 96]
+
+Both servers run in processes of their own, in turn, with the load client in a third; TTFT, throughput and their ratios
+at concurrency 1, 8 and 32, streamed. Also the governed server's resident memory. Asserts nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tests.benchmarks.load import Load, run_load
+from tests.benchmarks.machine import describe_machine
+from tests.support.server import free_port
+from tests.support.tenant import MODEL
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    url: str
+    token_file: str
+    process: psutil.Process
+
+    @property
+    def resident_mib(self) -> float:
+        return float(self.process.memory_info().rss) / (1 << 20)
+
+
+@contextmanager
+def served(kind: str, options: list[str]) -> Iterator[Served]:
+    with tempfile.TemporaryDirectory() as directory:
+        data, port = Path(directory) / "data", free_port()
+        command = [sys.executable, "-m", "tests.benchmarks.measured_servers", kind, "--data", str(data)]
+        process = subprocess.Popen([*command, "--port", str(port), *options])
+        try:
+            _wait_ready(f"http://127.0.0.1:{port}", process)
+            yield Served(f"http://127.0.0.1:{port}", str(data / "app.jwt"), psutil.Process(process.pid))
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        if process.poll() is not None:
+            raise SystemExit("the server ended at its start")
+        try:
+            if httpx.get(f"{url}/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise SystemExit("the server did not become ready")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--commit-delay-ms", type=float, default=0.0)
+    arguments = parser.parse_args()
+    print(describe_machine())
+    print(f"engine: {arguments.engine}; {arguments.requests} streamed requests of {arguments.max_tokens} tokens; "
+          f"commit delayed by {arguments.commit_delay_ms:g} ms")  # fmt: skip
+    print(f"{'concurrency':>11} {'server':>9} {'ttft p50':>9} {'p99':>8} {'tokens/s':>9} {'chunks/s':>9} {'req/s':>7}")
+    options = ["--engine", arguments.engine]
+    with (
+        served("bare", options) as bare,
+        served("governed", [*options, "--commit-delay-ms", str(arguments.commit_delay_ms)]) as governed,
+    ):
+        for concurrency in (1, 8, 32):
+            requests = arguments.requests if concurrency > 1 else max(8, arguments.requests // 4)
+            loads = {
+                name: run_load(one.url, one.token_file, MODEL, concurrency, requests, arguments.max_tokens)
+                for name, one in (("bare", bare), ("governed", governed))
+            }
+            for name, load in loads.items():
+                print(_row(concurrency, name, load))
+            print(_comparison(loads["bare"], loads["governed"]))
+        print(f"governed server: {governed.resident_mib:.0f} MiB resident; bare: {bare.resident_mib:.0f} MiB")
+
+
+def _row(concurrency: int, name: str, load: Load) -> str:
+    errors = f"  {load.errors} errors" if load.errors else ""
+    return (
+        f"{concurrency:>11} {name:>9} {load.ttft_p50_ms:>6.2f} ms {load.ttft_p99_ms:>5.1f} ms "
+        f"{load.tokens_per_s:>9.0f} {load.chunks_per_s:>9.0f} {load.requests_per_s:>7.0f}{errors}"
+    )
+
+
+def _comparison(bare: Load, governed: Load) -> str:
+    added = governed.ttft_p50_ms - bare.ttft_p50_ms
+    return f"{'':>11} added TTFT p50 {added:+.2f} ms; throughput × {governed.tokens_per_s / bare.tokens_per_s:.3f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The two servers that bench_gateway compares, each a process of its own with the same engine and HTTP layer.
+
+    python -m tests.benchmarks.measured_servers governed --data DIR --port N --engine demo
+
+`governed` is the real gateway with everything on: credential, policy with guardrails on input and output, durable log.
+`bare` has nothing of that: parse, generate, render. `--commit-delay-ms` makes every commit of the log slower, as on the
+disk of a data centre.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import secrets
+import time
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request
+from sqlalchemy import event
+from starlette.responses import Response
+
+from engine.request import Engine, GenerationRequest, SamplingParams
+from gateway.admission import parse_json
+from gateway.answer import Outbox, Piece, Usage
+from gateway.app import create_app, load_model, server
+from gateway.schemas.inference import ChatRequest
+from gateway.settings import load_settings
+from gateway.streaming import ChatRenderer, Envelope, EventStream, collect
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.tenant import activate_policy, credential, policy_text
+
+GUARDRAILS = """
+guardrails:
+  pii-in: {detector: pii, stage: input, action: redact, on_error: block}
+  secrets-in: {detector: secrets, stage: input, action: block, on_error: block}
+  pii-out: {detector: pii, stage: output, action: redact, entities: [card, iban], on_error: block,
+            streaming: {mode: window, hold_chars: 96}}
+limits:
+  wide: {per_subject: {requests_per_minute: 1000000, concurrency: 1000}, per_tenant: {tokens_per_minute: 1000000000}}
+"""
+OBLIGATIONS = "guardrails: [pii-in, secrets-in, pii-out], limits: wide"
+SCRIPTED_ANSWER = "A transfer abroad costs twelve euros and takes two days. " * 8
+
+
+def make_engine(name: str, data: Path) -> Engine:
+    if name == "scripted":
+        return ScriptedEngine(lambda prompt: SCRIPTED_ANSWER, chunk=4)
+    return load_model(load_settings(None, {}, {"data_dir": str(data)}))
+
+
+def run_governed(data: Path, port: int, engine: Engine, commit_delay_s: float) -> None:
+    overrides = {"data_dir": str(data), "server.port": port, "limits.max_governed": 1024}
+    app = create_app(load_settings(None, {}, overrides), engine=engine)
+    activate_policy(app, policy_text(engine.model.digest, obligations=OBLIGATIONS, sections=GUARDRAILS))
+    if commit_delay_s:
+        database = app.state.probity.log.database.writer
+        event.listen(database, "commit", lambda connection: time.sleep(commit_delay_s))
+    (data / "app.jwt").write_text(credential(app, "app"))
+    server(app).run()
+
+
+def run_bare(data: Path, port: int, engine: Engine) -> None:
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "app.jwt").write_text("none")
+    uvicorn.run(create_bare_app(engine), host="127.0.0.1", port=port, log_config=None, access_log=False)
+
+
+def create_bare_app(engine: Engine) -> FastAPI:
+    app = FastAPI()
+    running: set[asyncio.Task[None]] = set()
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        asked = ChatRequest.model_validate(parse_json(await request.body()))
+        request_id = secrets.token_hex(16)
+        outbox = Outbox(on_abandon=lambda: engine.abort(request_id))
+        task = asyncio.create_task(_generate(engine, asked, request_id, outbox))
+        running.add(task)
+        task.add_done_callback(running.discard)
+        envelope = Envelope(request_id, int(time.time()), asked.model, engine.numeric_policy)
+        renderer = ChatRenderer(envelope, engine.token_text, include_usage=asked.include_usage, logprobs=False)
+        if asked.stream:
+            return EventStream(outbox, renderer, 1, {}, include_usage=asked.include_usage)
+        collected = await collect(outbox, 1)
+        assert collected is not None
+        return Response(renderer.whole(*collected), media_type="application/json")
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return app
+
+
+async def _generate(engine: Engine, asked: ChatRequest, request_id: str, outbox: Outbox) -> None:
+    text = engine.render_chat([{"role": m.role, "content": m.text} for m in asked.messages])
+    prompt = tuple(engine.encode(text, chat=True))
+    sampling = SamplingParams(
+        max_tokens=asked.token_limit or 64,
+        seed=0,
+        temperature=float(asked.temperature or 0),
+        ignore_eos=asked.ignore_eos,
+    )
+    count = 0
+    async for delta in engine.generate(GenerationRequest(request_id, prompt, sampling, b"bare", "bare")):
+        count += len(delta.tokens)
+        reason = delta.finish_reason.value if delta.finish_reason is not None else None
+        outbox.put(Piece(0, delta.text, delta.logprobs, reason))
+    outbox.put(Usage(len(prompt), 0, count, receipt=""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=("governed", "bare"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
+    parser.add_argument("--commit-delay-ms", type=float, default=0.0)
+    arguments = parser.parse_args()
+    engine = make_engine(arguments.engine, arguments.data)
+    if arguments.kind == "bare":
+        run_bare(arguments.data, arguments.port, engine)
+    else:
+        run_governed(arguments.data, arguments.port, engine, arguments.commit_delay_ms / 1000)
+
+
+if __name__ == "__main__":
+    main()
