@@ -56,9 +56,9 @@ def canonical(value: Json) -> bytes:
         NotRepresentable: a key, number, text or type is outside the profile, or the nesting is deeper than 32.
     """
     _check(value, 1)
-    # Of a checked value, sorted and compact `json.dumps` is RFC 8785: it escapes only `"`, `\` and U+0000…U+001F,
+    # Of a checked value, sorted and compact `json` is RFC 8785: it escapes only `"`, `\` and U+0000…U+001F,
     # with the short forms where JSON has them and lower-case hex elsewhere, and leaves all other text as it is.
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+    text = _ENCODER.encode(value)
     return text.encode("utf-8")
 
 
@@ -150,6 +150,9 @@ def _check_text(text: str) -> None:
 def _plain(value: object) -> object:
     """Give `json` a dict or list for the mappings and sequences it does not know; `_check` passed them."""
     return dict(value) if isinstance(value, Mapping) else list(value)  # type: ignore[call-overload]
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -21,7 +21,7 @@ from audit.checkpoint import Checkpoint, sign_checkpoint
 from audit.merkle import HASH_BYTES, Frontier, root_of
 from audit.note import Signer
 from audit.ratchet import Ratchet
-from audit.tables import chain, checkpoint, head, leaf, leaf_number, tile
+from audit.tables import chain, checkpoint, head, insert_rows, leaf, leaf_number, tile
 
 TILE_BITS = 8
 TILE_WIDTH = 1 << TILE_BITS  # hashes a tile
@@ -50,8 +50,9 @@ def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     stored = connection.execute(select(head.c.frontier).where(head.c.log == log)).scalar_one()
     frontier = Frontier.from_bytes(bytes(stored))
     first = frontier.size
-    connection.execute(
-        insert(leaf_number),
+    insert_rows(
+        connection,
+        leaf_number,
         [
             {"log": log, "leaf_index": first + offset, "writer": new.writer, "writer_seq": new.writer_seq}
             for offset, new in enumerate(leaves)

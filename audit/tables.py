@@ -5,15 +5,21 @@
     mutable   (rebuildable)   writer · chain · head · request_index
 
 Times are integers, microseconds since 1970 UTC. Content is ciphertext; its keys lie in a store of their own
-(keystore.py). Knows columns, no rules: what may be written when is in writer.py and sequencer.py.
+(keystore.py). Knows columns and how to fill them, no rules: what may be written when is in writer.py and sequencer.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Connection,
+    Dialect,
     Index,
     Integer,
     LargeBinary,
@@ -174,3 +180,22 @@ request_index = Table(
 )
 
 EVIDENCE = (leaf, leaf_number, tile, checkpoint, content)  # append-only, by the database's own hand
+
+
+def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert rows, each with every column of the table, by the driver's own `executemany`.
+
+    Our values are what the drivers take as they are; SQLAlchemy's conversions would cost as much as the insert.
+    """
+    if not rows:
+        return
+    statement, positions = _insert_statement(table, connection.dialect)
+    values = rows if positions is None else [tuple(row[name] for name in positions) for row in rows]
+    connection.exec_driver_sql(statement, values)
+
+
+@lru_cache(maxsize=64)
+def _insert_statement(table: Table, dialect: Dialect) -> tuple[str, list[str] | None]:
+    """Return the text, and the order of its values for a driver that takes them by position."""
+    compiled = table.insert().compile(dialect=dialect, column_keys=table.columns.keys())
+    return compiled.string, compiled.positiontup

@@ -40,7 +40,7 @@ from audit.leaf import FIRST_PREV, Leaf, PartCommitment
 from audit.ratchet import Ratchet, RatchetError
 from audit.records import CLOSING, Receipt, Record, RecordType, Segment
 from audit.sequencer import NewLeaf, mark_numbered, number, number_waiting, open_log, publish, unpublished
-from audit.tables import chain, content, head, journal, leaf, request_index, writer
+from audit.tables import chain, content, head, insert_rows, journal, leaf, request_index, writer
 
 # LogError                  catch this
 # ├── LogUnavailable        not confirmed; the request it belongs to must not be answered
@@ -498,10 +498,10 @@ class Writer:
             # ring.
             for log, tenant in sorted(batch.new_logs.items()):
                 open_log(connection, log, tenant)
-            _insert(connection, leaf, batch.leaves)
-            _insert(connection, content, batch.contents)
-            _insert(connection, journal, batch.segments)
-            _insert(connection, request_index, batch.openings)
+            insert_rows(connection, leaf, batch.leaves)
+            insert_rows(connection, content, batch.contents)
+            insert_rows(connection, journal, batch.segments)
+            insert_rows(connection, request_index, batch.openings)
             if batch.closings:
                 connection.execute(_CLOSE_INDEX, batch.closings)
                 connection.execute(_CLEAR_JOURNAL, [{"at_request": c["at_request"]} for c in batch.closings])
@@ -815,11 +815,6 @@ _CLOSE_INDEX = (
     )
 )
 _CLEAR_JOURNAL = delete(journal).where(journal.c.request_id == bindparam("at_request"))
-
-
-def _insert(connection: Connection, table: Any, rows: list[dict[str, Any]]) -> None:
-    if rows:
-        connection.execute(insert(table), rows)
 
 
 def _stored_chains(connection: Connection, writer_id: str) -> dict[str, _Link]:
