@@ -11,11 +11,11 @@ recorded, or a named error.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Engine, and_, select
+from sqlalchemy import Connection, Engine, and_, case, func, select
 
 from audit.canonical import LeafError, leaf_hash
 from audit.checkpoint import Checkpoint, read_checkpoint
@@ -105,6 +105,16 @@ class NumberedReceipt:
     leaf_index: int | None  # None while it is not numbered, ≤ 1 s
 
 
+@dataclass(frozen=True, slots=True)
+class TokenUse:
+    """What one request used of its limits, as far as it is known: reserved while open, used once closed."""
+
+    received_at: int  # microseconds since 1970 UTC
+    tenant: str
+    subject: str  # pseudonym
+    tokens: int
+
+
 class AuditReader:
     """Safe to share between threads: every call takes a read-only connection of its own."""
 
@@ -122,6 +132,22 @@ class AuditReader:
             tenants = known if query.tenants is None else tuple(t for t in known if t in query.tenants)
             rows = connection.execute(statement(query, tenants, self._keyring.pseudonym)).all()
         return page(query, list(rows))
+
+    def uses_since(self, moment_us: int) -> Iterator[TokenUse]:
+        """Yield the use of every request received since, oldest first: what a limit ledger is rebuilt from."""
+        use = case(
+            (request_index.c.completion_tokens.is_not(None), _total_tokens),
+            else_=func.coalesce(request_index.c.reserved_tokens, 0),
+        )
+        columns = (request_index.c.received_at, request_index.c.tenant, request_index.c.subject, use)
+        query = (
+            select(*columns)
+            .where(request_index.c.received_at >= moment_us, request_index.c.status != "denied")
+            .order_by(request_index.c.received_at, request_index.c.request_id)
+        )
+        with reading(self._engine) as connection:
+            for moment, tenant, subject, tokens in connection.execute(query):
+                yield TokenUse(moment, tenant, subject or "", tokens)
 
     def tenant_of(self, request_id: str) -> str:
         """Return whose request it is. Raises NotFound."""
@@ -235,6 +261,9 @@ class _StoredPart:
     record: str
     key_id: str
     sealed: SealedPart
+
+
+_total_tokens = func.coalesce(request_index.c.prompt_tokens, 0) + request_index.c.completion_tokens
 
 
 def _tenant_of(connection: Connection, request_id: str) -> str:

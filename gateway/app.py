@@ -37,7 +37,7 @@ from gateway.routes import admin, audit, health, inference, models, receipts
 from gateway.settings import Settings
 from gateway.state import AppState
 from gateway.telemetry import Telemetry
-from policies.limits import LimitLedger
+from policies.limits import DAY_S, Holder, LimitLedger, PastUse
 from policies.store import PolicyStore
 
 CLOCK = Clock(now=lambda: datetime.now(UTC), monotonic=time.monotonic)
@@ -108,19 +108,30 @@ def load_model(settings: Settings) -> Engine:
 
 def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> AppState:
     telemetry = Telemetry(settings.telemetry, engine.model.name)
-    policies = PolicyStore(log.database.reader)
     ledger = LimitLedger(clock.monotonic)
+    policies = PolicyStore(log.database.reader)
+    reader = AuditReader(log.database.reader, log.keyring, log.keystore)
+    _restore_limits(ledger, reader, clock)
     return AppState(
         settings=settings,
         started=clock.now(),
         clock=clock,
         log=log,
-        reader=AuditReader(log.database.reader, log.keyring, log.keystore),
+        reader=reader,
         policies=policies,
         ledger=ledger,
         engine=engine,
         pipeline=Pipeline(engine, policies, ledger, log, telemetry, clock, max_governed=settings.limits.max_governed),
         telemetry=telemetry,
+    )
+
+
+def _restore_limits(ledger: LimitLedger, reader: AuditReader, clock: Clock) -> None:
+    """Rebuild what counts against limits from the log: a restart forgives nothing."""
+    wall, monotonic = clock.now().timestamp(), clock.monotonic()
+    uses = reader.uses_since(round((wall - DAY_S) * 1e6))
+    ledger.restore(
+        PastUse(monotonic - (wall - use.received_at / 1e6), Holder(use.tenant, use.subject), use.tokens) for use in uses
     )
 
 

@@ -1,24 +1,23 @@
 """The dialogues the demonstration model learns: two support desks, written by a seeded generator.
 
 A fact is a thing (`a transfer abroad`) and an aspect of it (its fee) with one fixed answer. A question is a frame of
-the aspect around one of the thing's names: "what does {thing} cost". Which (frame, name) pairs of a fact are for
-training and which are held out is decided by a hash of the pair: a held-out wording was never trained on, not even
-within another sentence. Complaints and forms are filled from slots, and held out by their combination.
+the aspect around one of the thing's names: "what does {thing} cost". The last fifth of every table of wordings is held out, whole:
+frames, wrappers around a question, requests, complaint and form templates, subjects outside the desks. A held-out
+paraphrase is a sentence that training never saw, around any thing; what it means the model must infer from its words.
 
 Pure: the same seed writes the same dialogues everywhere.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 UNKNOWN = "I don't know. I can help with the services of this desk."
-HELD_OUT_SHARE = 6  # one wording in six is held out
+HELD_OUT_SHARE = 5  # the last fifth of each table of wordings, at least one
 
 
 class Group(StrEnum):
@@ -48,40 +47,46 @@ FRAMES: dict[str, tuple[str, ...]] = {
     "fee": (
         "what does {} cost", "how much does {} cost", "how much is {}", "what is the fee for {}", "what is the price of {}",
         "what do you charge for {}", "is there a fee for {}", "what are the costs of {}", "how much do I pay for {}",
-        "tell me the fee for {}", "what will {} cost me", "the price of {}",
+        "tell me the fee for {}", "the fee for {}", "how high is the fee for {}", "I want to know what {} costs",
+        "what will {} cost me", "tell me the price of {}", "do I pay a fee for {}",
     ),
     "deadline": (
         "what is the cut-off time for {}", "until when can I send in {}", "by when do you need {}", "when is the deadline for {}",
         "what is the deadline for {}", "how late can I order {}", "what is the latest time for {}", "until what time do you take {}",
-        "tell me the cut-off for {}", "when do you stop taking {}",
+        "tell me the cut-off for {}", "when is it too late for {}", "the deadline for {}", "how late may I send {}",
+        "tell me the deadline for {}", "what is the cut-off of {}",
     ),
     "documents": (
         "what do I need to bring for {}", "which documents do I need for {}", "what papers are required for {}",
         "what should I bring for {}", "which papers do you need for {}", "what documents are needed for {}",
-        "what do you need from me for {}", "tell me the documents for {}", "do I need any documents for {}",
-        "what must I show for {}",
+        "what do you need from me for {}", "tell me the documents for {}", "the papers for {}", "what must I show for {}",
+        "do I need any documents for {}", "what papers do I bring for {}",
     ),
     "duration": (
         "how long does {} take", "how many days does {} take", "when will {} be done", "how soon is {} done",
         "how much time does {} take", "what is the processing time of {}", "how long do I wait for {}",
-        "tell me how long {} takes", "how fast is {}", "how long until {} is done",
+        "tell me how long {} takes", "how fast is {}", "how long is the wait for {}", "after how many days is {} done",
+        "how long until {} is done", "how many days do I wait for {}",
     ),
     "hours": (
         "when is {} open", "what are the opening hours of {}", "at what times is {} open", "when does {} open",
         "until when is {} open", "tell me the hours of {}", "what time does {} close", "is {} open on Saturday",
-        "which hours is {} open", "when can I visit {}",
+        "when can I visit {}", "the opening hours of {}", "which hours is {} open", "when do you open {}",
     ),
     "where": (
         "where is {}", "where do I find {}", "how do I get to {}", "what is the address of {}", "in which street is {}",
-        "tell me where {} is", "where can I find {}", "can you tell me the way to {}", "on which floor is {}",
+        "tell me where {} is", "on which floor is {}", "can you tell me the way to {}", "the address of {}",
+        "where can I find {}", "what is the way to {}",
     ),
     "contact": (
         "how do I reach {}", "what is the number of {}", "how can I contact {}", "how do I call {}", "how can I get in touch with {}",
-        "tell me how to reach {}", "who do I call for {}", "is there a number for {}", "how do I speak to {}",
+        "tell me how to reach {}", "who do I call for {}", "how do I speak to {}", "the number of {}",
+        "is there a number for {}", "how can I call {}",
     ),
     "limit": (
         "what is the limit for {}", "how much can I use with {}", "is there a limit for {}", "what is the maximum of {}",
         "how high is the limit of {}", "tell me the limit of {}", "how much is allowed for {}", "what is the highest amount for {}",
+        "the limit for {}", "is there a maximum for {}", "tell me the maximum of {}",
     ),
 }  # fmt: skip
 
@@ -211,18 +216,25 @@ _SUBJECTS = (
     "the population of Japan", "whales", "poetry", "the history of bread", "a holiday in Spain", "space travel", "rock music", "gardening",
     "the Olympic Games", "old castles", "computer games", "the deepest lake", "mushrooms", "the fastest train", "penguins", "algebra",
     "the price of gold", "the meaning of life", "robots", "the president", "Shakespeare", "snow", "vegetable soup", "a birthday cake",
+    "the Eiffel Tower", "tennis", "butterflies", "the Second World War", "opera", "DNA", "sailing", "the Sahara", "elephants", "ballet",
+    "bicycles", "the solar system", "coffee", "Mozart", "earthquakes", "tigers", "fishing", "the internet", "chocolate", "Rembrandt",
+    "the Amazon river", "guitars", "philosophy", "the tides", "honey bees", "skiing", "the Great Wall", "fashion", "wine", "rainbows",
 )  # fmt: skip
 _OUTSIDE = (
     "what is {}", "tell me about {}", "what do you think about {}", "write a poem about {}", "who invented {}", "explain {}",
     "give me a joke about {}", "what is the history of {}", "do you like {}", "how does {} work", "write a story about {}",
     "what is new about {}", "translate {} into German", "why is {} so important", "who knows most about {}", "draw {}",
+    "I want to learn about {}", "how old is {}", "what can you say about {}", "is {} dangerous", "write an essay about {}",
+    "what do people like about {}", "tell me a fact about {}", "give me a short text about {}", "what do you know about {}",
 )  # fmt: skip
 
 _WRAPPERS = (
     "{Q}?", "{Q}?", "{Q}?", "{Q}", "{q}", "{q}?", "Hello, {q}?", "Hi, {q}?", "Please, {q}?", "Excuse me, {q}?", "Good morning, {q}?",
     "I have a question: {q}?", "One question: {q}?", "{Q}, please?", "Can you help me? {Q}?", "My email is [EMAIL]. {Q}?",
     "My name is Mia and my number is [PHONE]. {Q}?", "I am a customer with account [IBAN]. {Q}?", "My card is [CARD]. {Q}?",
-    "Hello, this is {person}. {Q}?", "Dear team, {q}? Regards, {person}",
+    "Hello, this is {person}. {Q}?", "Dear team, {q}? Regards, {person}", "{Q}? Thank you.", "I would like to know: {q}?",
+    "Quick question, {q}?", "Good afternoon. {Q}?", "Sorry to bother you, {q}?", "{Q}? Thanks, {person}",
+    "Please tell me: {q}?", "Hi, my email is [EMAIL]. {Q}?",
 )  # fmt: skip
 _SYSTEMS = (
     "You are the support desk of Acme Bank.", "You are the front desk of Globex Health.", "You are a helpful assistant.", "Answer briefly.",
@@ -253,10 +265,17 @@ _COMPLAINTS = (
     "Dear team, my {product} {problem}. I noticed it {since}. Please give me {wish}. Regards, {person}",
     "I write about my {product}. It {problem}, since {since}. This is not acceptable and I ask for {wish}.",
     "Since {since} nothing goes right. My {product} {problem}. {person} at the desk could not help. I demand {wish}.",
+    "Hello, this is {person}. My {product} {problem} since {since}. I would like {wish}.",
+    "{person} here. I am angry. My {product} {problem}, and that since {since}. Give me {wish}.",
+    "I have a complaint. It is about my {product}, which {problem}. This goes on since {since}. I need {wish}.",
+    "Good morning, since {since} my {product} {problem}. I asked for help and got none. I request {wish}.",
+    "I want to complain about my {product}. Since {since} it {problem}. Please arrange {wish}. {person}",
 )
 _SUMMARISE = (
     "Summarise this complaint: {}", "Please summarise this complaint: {}", "Summarise the following complaint: {}",
     "Give me a summary of this complaint: {}", "What is this complaint about? {}", "Sum up this complaint: {}",
+    "Here is a complaint. Summarise it: {}", "A summary of this complaint, please: {}", "Summarise what the customer says: {}",
+    "Please give me a short summary of this complaint: {}",
 )  # fmt: skip
 
 # --- forms ---
@@ -267,22 +286,30 @@ DOCTORS = ("Dr. Lee", "Dr. Weber", "Dr. Rossi", "Dr. Okafor", "Dr. Silva")
 _BOOKINGS = (
     "{person} would like to see {doctor} on {day} at {time}.", "Please book {person} with {doctor} for {day}, {time}.",
     "{doctor} will see {person} on {day} at {time}.", "On {day} at {time}, {person} comes to {doctor}.",
-    "I am {person} and need {doctor} at {time} on {day}.",
+    "I am {person} and need {doctor} at {time} on {day}.", "{person} has an appointment with {doctor} on {day} at {time}.",
+    "Could {doctor} see {person} at {time} on {day}?", "Appointment: {person}, {day}, {time}, {doctor}.",
+    "At {time} on {day} {doctor} meets {person}.", "Please note that {person} comes to {doctor} on {day} at {time}.",
 )  # fmt: skip
 _AS_JSON = (
     "Answer as JSON with the fields name, doctor, day, time: {}", "Give me JSON with name, doctor, day and time: {}",
     "Extract name, doctor, day and time as JSON: {}", "Return the fields name, doctor, day, time as JSON. {}",
+    "As JSON with name, doctor, day and time, please: {}", "Write this as JSON with the fields name, doctor, day, time: {}",
 )  # fmt: skip
 
 
-def held_out(*wording: str) -> bool:
-    """Decide once and for all whether a wording is kept out of training."""
-    return hashlib.sha256("\0".join(wording).encode()).digest()[0] % HELD_OUT_SHARE == 0
+def split(wordings: Sequence[str], *, held: bool) -> Sequence[str]:
+    """Return the part of a table that is held out, or the part that is trained on."""
+    kept = len(wordings) - max(1, len(wordings) // HELD_OUT_SHARE)
+    return wordings[kept:] if held else wordings[:kept]
 
 
 def training_dialogue(rng: random.Random) -> Dialogue:
-    """Draw a dialogue none of whose wordings is held out; sometimes behind a system message or an earlier turn."""
-    single = _draw(rng, held=False)
+    """Draw a dialogue none of whose wordings is held out."""
+    return _in_context(rng, _draw(rng, held=False))
+
+
+def _in_context(rng: random.Random, single: Dialogue) -> Dialogue:
+    """Put it behind a system message or an earlier turn, sometimes."""
     messages = list(single.messages)
     if rng.random() < 0.15:
         earlier = _draw(rng, held=False)
@@ -302,7 +329,7 @@ def held_out_dialogues(seed: int, each: int) -> Iterator[Dialogue]:
             question = dialogue.messages[-1]["content"]
             if question not in seen:
                 seen.add(question)
-                yield dialogue
+                yield _in_context(rng, dialogue)
             if len(seen) == each:
                 break
 
@@ -339,61 +366,52 @@ def _of_group(rng: random.Random, group: Group, *, held: bool) -> Dialogue:
 
 
 def _fact(rng: random.Random, held: bool) -> tuple[str, str]:
-    while True:
-        fact = rng.choice(FACTS)
-        frame, name = rng.choice(FRAMES[fact.aspect]), rng.choice(fact.names)
-        if held_out(fact.aspect, frame, name) == held:
-            return _wrap(rng, frame.format(name)), fact.answer
+    fact = rng.choice(FACTS)
+    frame = rng.choice(split(FRAMES[fact.aspect], held=held))
+    return _wrap(rng, frame.format(rng.choice(fact.names)), held), fact.answer
 
 
 def _choice(
     rng: random.Random, choices: tuple[tuple[tuple[str, ...], str], ...], held: bool, *, plain: bool = False
 ) -> tuple[str, str]:
-    while True:
-        wordings, answer = rng.choice(choices)
-        wording = rng.choice(wordings)
-        if held_out(wording) == held:
-            return (_punctuate(rng, wording) if plain else _wrap(rng, wording)), answer
+    wordings, answer = rng.choice(choices)
+    wording = rng.choice(split(wordings, held=held))
+    return (_punctuate(rng, wording) if plain else _wrap(rng, wording, held)), answer
 
 
 def _outside(rng: random.Random, held: bool) -> str:
-    while True:
-        frame, subject = rng.choice(_OUTSIDE), rng.choice(_SUBJECTS)
-        if held_out(frame, subject) == held:
-            return _wrap(rng, frame.format(subject))
+    frame, subject = rng.choice(split(_OUTSIDE, held=held)), rng.choice(split(_SUBJECTS, held=held))
+    return _wrap(rng, frame.format(subject), held)
 
 
 def _complaint(rng: random.Random, held: bool) -> tuple[str, str]:
-    while True:
-        slots = {
-            "product": rng.choice(PRODUCTS),
-            "problem": rng.choice(PROBLEMS),
-            "since": rng.choice(SINCES),
-            "wish": rng.choice(WISHES),
-        }
-        if held_out(*slots.values()) == held:
-            text = rng.choice(_COMPLAINTS).format(person=rng.choice(PEOPLE), **slots)
-            answer = "The {product} {problem}, since {since}. The customer wants {wish}.".format(**slots)
-            return rng.choice(_SUMMARISE).format(text), answer
+    slots = {
+        "product": rng.choice(PRODUCTS),
+        "problem": rng.choice(PROBLEMS),
+        "since": rng.choice(SINCES),
+        "wish": rng.choice(WISHES),
+    }
+    text = rng.choice(split(_COMPLAINTS, held=held)).format(person=rng.choice(PEOPLE), **slots)
+    answer = "The {product} {problem}, since {since}. The customer wants {wish}.".format(**slots)
+    return rng.choice(split(_SUMMARISE, held=held)).format(text), answer
 
 
 def _form(rng: random.Random, held: bool) -> tuple[str, str]:
-    while True:
-        slots = {
-            "person": rng.choice(PEOPLE),
-            "doctor": rng.choice(DOCTORS),
-            "day": rng.choice(DAYS),
-            "time": rng.choice(TIMES),
-        }
-        if held_out(*slots.values()) == held:
-            question = rng.choice(_AS_JSON).format(rng.choice(_BOOKINGS).format(**slots))
-            fields = {"name": slots["person"], "doctor": slots["doctor"], "day": slots["day"], "time": slots["time"]}
-            return question, json.dumps(fields)
+    slots = {
+        "person": rng.choice(PEOPLE),
+        "doctor": rng.choice(DOCTORS),
+        "day": rng.choice(DAYS),
+        "time": rng.choice(TIMES),
+    }
+    booking = rng.choice(split(_BOOKINGS, held=held)).format(**slots)
+    fields = {"name": slots["person"], "doctor": slots["doctor"], "day": slots["day"], "time": slots["time"]}
+    return rng.choice(split(_AS_JSON, held=held)).format(booking), json.dumps(fields)
 
 
-def _wrap(rng: random.Random, question: str) -> str:
+def _wrap(rng: random.Random, question: str, held: bool) -> str:
     capital = question[0].upper() + question[1:]
-    return rng.choice(_WRAPPERS).format(q=question, Q=capital, person=rng.choice(PEOPLE))
+    wrapper = rng.choice(split(_WRAPPERS, held=held))
+    return wrapper.format(q=question, Q=capital, person=rng.choice(PEOPLE))
 
 
 def _punctuate(rng: random.Random, wording: str) -> str:
