@@ -22,12 +22,6 @@ DAY_S = 86_400.0
 UNKNOWN_AFTER_S = 3_600.0  # a reservation that nobody settled by then is swept: its requests died with a process
 RETRY_CONCURRENCY_S = 1.0
 
-_WINDOWS = {
-    LimitKind.REQUESTS_PER_MINUTE: MINUTE_S,
-    LimitKind.TOKENS_PER_MINUTE: MINUTE_S,
-    LimitKind.TOKENS_PER_DAY: DAY_S,
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Holder:
@@ -69,25 +63,49 @@ class _Use:
 
 
 @dataclass(slots=True)
-class _Account:
-    """What one tenant or subject used, oldest first."""
+class _Window:
+    """What began within the last `span` seconds, oldest first, and its sum: a decision costs the same at any load."""
 
+    span: float
     uses: deque[_Use] = field(default_factory=deque)
-    minute: deque[_Use] = field(default_factory=deque)
-    running: int = 0
+    tokens: int = 0
+
+    def add(self, use: _Use) -> None:
+        self.uses.append(use)
+        self.tokens += use.tokens
 
     def forget(self, now: float) -> None:
-        while self.uses and self.uses[0].at <= now - DAY_S:
-            self.uses.popleft()
-        while self.minute and self.minute[0].at <= now - MINUTE_S:
-            self.minute.popleft()
+        while self.uses and self.uses[0].at <= now - self.span:
+            self.tokens -= self.uses.popleft().tokens
 
-    def window(self, kind: LimitKind) -> deque[_Use]:
-        return self.uses if kind is LimitKind.TOKENS_PER_DAY else self.minute
+    def correct(self, use: _Use, tokens: int) -> None:
+        """A use turned out to be of `tokens`; it counts only while it is in the window."""
+        if self.uses and use.at >= self.uses[0].at:
+            self.tokens += tokens - use.tokens
+
+
+@dataclass(slots=True)
+class _Account:
+    """What one tenant or subject used."""
+
+    minute: _Window = field(default_factory=lambda: _Window(MINUTE_S))
+    day: _Window = field(default_factory=lambda: _Window(DAY_S))
+    running: int = 0
+
+    def add(self, use: _Use) -> None:
+        self.minute.add(use)
+        self.day.add(use)
+
+    def forget(self, now: float) -> None:
+        self.minute.forget(now)
+        self.day.forget(now)
+
+    def window(self, kind: LimitKind) -> _Window:
+        return self.day if kind is LimitKind.TOKENS_PER_DAY else self.minute
 
     @property
     def idle(self) -> bool:
-        return not self.uses and not self.running
+        return not self.day.uses and not self.running
 
 
 @dataclass(slots=True)
@@ -125,8 +143,7 @@ class LimitLedger:
         use = _Use(now, tokens)
         accounts = tuple(self._account(holder.key(scope), now) for scope in Scope)
         for account in accounts:
-            account.uses.append(use)
-            account.minute.append(use)
+            account.add(use)
             account.running += 1
         self._held[reservation_id] = _Held(use, accounts)
         return Reservation(limits)
@@ -136,9 +153,11 @@ class LimitLedger:
         held = self._held.pop(reservation_id, None)
         if held is None:
             return
-        held.use.tokens = tokens_used
         for account in held.accounts:
+            account.minute.correct(held.use, tokens_used)
+            account.day.correct(held.use, tokens_used)
             account.running -= 1
+        held.use.tokens = tokens_used
 
     def sweep(self) -> None:
         """Release what nobody settled, and forget accounts in which nothing counts any more."""
@@ -157,9 +176,7 @@ class LimitLedger:
         for entry in past:
             use = _Use(entry.at, entry.tokens)
             for scope in Scope:
-                account = self._account(entry.holder.key(scope), now)
-                account.uses.append(use)
-                account.minute.append(use)
+                self._account(entry.holder.key(scope), now).add(use)
         self.sweep()
 
     def usage(self, holder: Holder, limits: tuple[LimitSpec, ...]) -> dict[LimitSpec, int]:
@@ -182,7 +199,7 @@ class LimitLedger:
         return LimitRefusal(
             limit_id=limit.id,
             kind=limit.kind,
-            retry_after_s=self._retry_after(limit, account, excess, adds, now),
+            retry_after_s=self._retry_after(limit, account, excess, now),
             quota=limit.kind is LimitKind.TOKENS_PER_DAY or adds > limit.maximum,
         )
 
@@ -190,16 +207,16 @@ class LimitLedger:
         if kind is LimitKind.CONCURRENCY:
             return account.running
         if kind is LimitKind.REQUESTS_PER_MINUTE:
-            return len(account.minute)
-        return sum(use.tokens for use in account.window(kind))
+            return len(account.minute.uses)
+        return account.window(kind).tokens
 
-    def _retry_after(self, limit: LimitSpec, account: _Account, excess: int, adds: int, now: float) -> float:
+    def _retry_after(self, limit: LimitSpec, account: _Account, excess: int, now: float) -> float:
         """Return the seconds until enough of the window has passed, as it stands now."""
         if limit.kind is LimitKind.CONCURRENCY:
             return RETRY_CONCURRENCY_S
-        span = _WINDOWS[limit.kind]
-        for use in account.window(limit.kind):
-            excess -= use.tokens if adds != 1 or limit.kind is not LimitKind.REQUESTS_PER_MINUTE else 1
+        window = account.window(limit.kind)
+        for use in window.uses:
+            excess -= 1 if limit.kind is LimitKind.REQUESTS_PER_MINUTE else use.tokens
             if excess <= 0:
-                return max(0.0, math.ceil((use.at + span - now) * 1000) / 1000)
-        return span
+                return max(0.0, math.ceil((use.at + window.span - now) * 1000) / 1000)
+        return window.span
