@@ -133,10 +133,10 @@ def train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, size: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2_200)
+    parser.add_argument("--steps", type=int, default=1_300)
     parser.add_argument("--batch", type=int, default=32, help="dialogues a step")
     parser.add_argument("--seed", type=int, default=20261120)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
