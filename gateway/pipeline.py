@@ -124,9 +124,11 @@ class Pipeline:
             with self._telemetry.stage("probity.record"):
                 receipt = await self._log.append(self._received(grant))  # promise 1: the engine knows nothing yet
             self._telemetry.gateway.observe_append(self._clock.monotonic() - appending)
-        except LogUnavailable:
+        except BaseException as error:
             self._ledger.settle(question.request_id, 0)
-            raise errors.audit_unavailable() from None
+            if isinstance(error, LogUnavailable):
+                raise errors.audit_unavailable() from None
+            raise
         outbox = self._govern(grant)
         return Answer(
             receipt=str(receipt),
