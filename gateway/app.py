@@ -82,6 +82,7 @@ def open_log(settings: Settings) -> AuditLog:
             origin=settings.audit.origin_prefix,
             append_timeout_s=settings.audit.append_timeout_s,
             low_water_bytes=settings.audit.low_water_mib << 20,
+            lease_s=settings.audit.lease_s,
         ),
         create=True,
     )

@@ -139,14 +139,14 @@ def content_filter(guardrail: str) -> ApiError:
     )
 
 
-def context_length_exceeded(context_length: int, prompt_tokens: int) -> ApiError:
+def context_length_exceeded(context_length: int, prompt_tokens: int, param: str = "messages") -> ApiError:
     """The prompt, or the prompt and the output asked for, are longer than the context. Counts in tokens."""
     return ApiError(
         400,
         "context_length_exceeded",
         "invalid_request_error",
         f"the context holds {context_length} tokens and the prompt has {prompt_tokens}; shorten it or ask for less",
-        param="messages",
+        param=param,
     )
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import orjson
 
 from audit.log import AuditLog
-from audit.records import ChoiceEntry, Record, TimingEntry, request_completed, request_failed
-from audit.writer import LogUnavailable
+from audit.records import ChoiceEntry, Receipt, Record, TimingEntry, request_completed, request_failed
+from audit.writer import AlreadyClosed, LogDead, LogUnavailable
 from engine.request import (
     Engine,
     EngineDraining,
@@ -30,6 +30,7 @@ from engine.request import (
 from gateway import errors
 from gateway.answer import Failure, Outbox, Usage
 from gateway.entries import guardrail_entries, limit_entries
+from gateway.error_responses import note_failure
 from gateway.errors import ApiError
 from gateway.grant import Grant
 from gateway.release import Release
@@ -105,7 +106,11 @@ class Generation:
         except Exception as error:
             self._abort()
             failure = _named(error)
-        await self._close(failure)
+        try:
+            await self._close(failure)
+        except Exception as error:  # the caller must not wait for ever; the next start closes it as interrupted
+            note_failure("request_not_closed", error)
+            self.outbox.put(Failure(errors.internal_error()))
 
     # --- generating ---
 
@@ -156,15 +161,8 @@ class Generation:
         used = len(self._grant.prompt) + sum(len(choice.tokens) for choice in self._choices)
         self._ledger.settle(self._grant.question.request_id, used)
         record = self._completed(used) if failure is None else self._failed(failure)
-        for attempt in range(CLOSE_ATTEMPTS):
-            try:
-                receipt = await self._log.append(record)
-            except LogUnavailable:
-                self.outbox.put(Failure(errors.audit_unavailable()))
-                await asyncio.sleep(CLOSE_BACKOFF_S * 2**attempt)
-            else:
-                break
-        else:
+        receipt = await self._put_on_record(record)
+        if receipt is None:
             return
         if failure is not None:
             self.outbox.put(Failure(failure))
@@ -178,6 +176,21 @@ class Generation:
                 receipt=str(receipt),
             )
         )
+
+    async def _put_on_record(self, record: Record) -> Receipt | None:
+        """Return the receipt of the closing record; or None, and the caller is told that there is none.
+
+        A try that was not confirmed in time may be stored all the same: the next one is then told `AlreadyClosed`.
+        """
+        for attempt in range(CLOSE_ATTEMPTS):
+            try:
+                return await self._log.append(record)
+            except (LogUnavailable, AlreadyClosed) as refused:
+                self.outbox.put(Failure(errors.audit_unavailable()))
+                if isinstance(refused, LogDead | AlreadyClosed):
+                    break
+                await asyncio.sleep(CLOSE_BACKOFF_S * 2**attempt)
+        return None
 
     def _observe(self) -> None:
         for index, choice in enumerate(self._choices):
@@ -261,4 +274,5 @@ def _named(error: Exception) -> ApiError:
         return errors.draining()
     if isinstance(error, EngineError):
         return errors.engine_unavailable()
+    note_failure("generation_failed", error)
     return errors.internal_error()

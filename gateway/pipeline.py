@@ -123,9 +123,11 @@ class Pipeline:
             with self._telemetry.stage("probity.record"):
                 receipt = await self._log.append(self._received(grant))  # promise 1: the engine knows nothing yet
             self._telemetry.gateway.observe_append(self._clock.monotonic() - appending)
-        except LogUnavailable:
+        except BaseException as error:
             self._ledger.settle(question.request_id, 0)
-            raise errors.audit_unavailable() from None
+            if isinstance(error, LogUnavailable):
+                raise errors.audit_unavailable() from None
+            raise
         outbox = self._govern(grant)
         return Answer(
             receipt=str(receipt),
@@ -213,13 +215,15 @@ class Pipeline:
         verdicts: tuple[Verdict, ...],
     ) -> tuple[int, ...]:
         """Return the prompt's tokens: the exact count that limits are reserved by."""
-        prompt = tuple(self._engine.encode(rendered, chat=isinstance(request, ChatRequest)))
+        chat = isinstance(request, ChatRequest)
+        prompt = tuple(self._engine.encode(rendered, chat=chat))
+        field = "messages" if chat else "prompt"
         room = self._engine.context_length - len(prompt)
         asked = (obligations.params.max_tokens or 1) if request.token_limit is not None else 1
         if not prompt:
-            raise Denied(errors.invalid_request("the prompt is empty", param="prompt"), decision, verdicts)
+            raise Denied(errors.invalid_request("the prompt is empty", param=field), decision, verdicts)
         if asked > room:
-            error = errors.context_length_exceeded(self._engine.context_length, len(prompt))
+            error = errors.context_length_exceeded(self._engine.context_length, len(prompt), field)
             raise Denied(error, decision, verdicts)
         return prompt
 

@@ -118,6 +118,11 @@ class AuditSettings:
     low_water_mib: int = setting(
         256, integer_kind(1, 1_048_576, "MiB"), "with less free disk than this, nothing new is answered"
     )
+    lease_s: float = setting(
+        30.0,
+        decimal_kind(1, 3600, "s"),
+        "PostgreSQL: a gateway silent for so long is held for dead, and the others close its open requests",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class StreamOptions(_Body):
 class _InferenceBody(_Body):
     """What both endpoints share."""
 
-    model: Annotated[StrictStr, Field(min_length=1, max_length=128)]
+    model: Annotated[StrictStr, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]  # it stands in a column
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None

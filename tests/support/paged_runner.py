@@ -60,7 +60,8 @@ class PagedRunner:
         token = int.from_bytes(drawn[:8], "little") % self.vocabulary_size
         bits = int.from_bytes(drawn[8:10], "little")
         logprob = struct.unpack("<f", struct.pack("<f", -(bits + 1) / 997))[0]
-        return TokenLogprob(token, logprob)
+        top = ((token + rank) % self.vocabulary_size for rank in range(row.sampling.top_logprobs))
+        return TokenLogprob(token, logprob, tuple((other, logprob - rank) for rank, other in enumerate(top)))
 
 
 def _draw(context: bytes, sampling: SamplingParams, position: int) -> bytes:

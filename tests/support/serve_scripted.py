@@ -1,50 +1,69 @@
-"""A gateway process with a scripted engine, for tests that kill it, starve it or measure it.
+"""A gateway process with a scripted engine, for tests that kill it, starve it or look at what it leaves behind.
 
-    python -m tests.support.serve_scripted --data DIR --port N [--database-url U] [--token-s 0.01]
+    python -m tests.support.serve_scripted --data DIR --port N [--database-url U] [--token-s 0.005]
 
-It is the real `create_app` on the real embedded default; only the engine is scripted. Credentials for an application
-and an auditor are left in DIR (`app.jwt`, `auditor.jwt`), beside `database-url` and `trust.json`.
+It is the real `create_app` and the real server; only the engine is scripted. A PostgreSQL database is migrated
+already. Credentials for an application and an auditor are left in DIR: `app.jwt`, `auditor.jwt`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-from gateway.app import create_app, run
-from gateway.auth.development import DevelopmentIssuer
+from gateway.app import create_app, server
+from gateway.diagnostics import install_diagnostics
 from gateway.settings import Settings, load_settings
 from tests.support.scripted_engine import ScriptedEngine
-from tests.support.tenant import TENANT, activate_test_policy
+from tests.support.tenant import activate_policy, credential, policy_text
 
-ANSWER = " ".join(f"word{index}" for index in range(60))
+LEASE_S = 1.0
+
+
+def answer_to(prompt: str) -> str:
+    """A long answer that names its question: one that got into another's record would be seen."""
+    question = prompt.rpartition("<user>")[2].partition("\n")[0]
+    return " ".join(f"{question}.{word}" for word in range(30))
 
 
 def main() -> None:
     arguments = _arguments()
-    data = Path(arguments.data)
-    settings = _settings(data, arguments.port, arguments.database_url)
-    answer = ANSWER * arguments.repeat
+    install_diagnostics()
+    settings = _settings(arguments)
 
     async def step(position: int) -> None:
         await asyncio.sleep(arguments.token_s)
 
-    engine = ScriptedEngine(lambda prompt: answer, step=step, chunk=arguments.chunk)
+    engine = ScriptedEngine(answer_to, step=step, chunk=arguments.chunk)
     app = create_app(settings, engine=engine)
-    activate_test_policy(app, engine.model.digest)
-    issuer = DevelopmentIssuer.open(data / "keys")
-    (data / "app.jwt").write_text(issuer.issue(TENANT, ["app"], subject="mia@test.example", client="svc-test"))
-    (data / "auditor.jwt").write_text(issuer.issue(TENANT, ["auditor"], subject="otto@test.example"))
-    (data / "database-url").write_text(settings.database.url)
-    run(app, settings)
+    activate_policy(app, policy_text(engine.model.digest))
+    (settings.data_dir / "app.jwt").write_text(credential(app, "app"))
+    (settings.data_dir / "auditor.jwt").write_text(credential(app, "auditor", subject="otto@test.example"))
+    signal.signal(signal.SIGTERM, _end)  # the server raises it again once it has drained
+    server(app).run()
 
 
-def _settings(data: Path, port: int, database_url: str | None) -> Settings:
-    overrides: dict[str, str] = {"PROBITY_DATA_DIR": str(data), "PROBITY_SERVER_PORT": str(port)}
-    if database_url is not None:
-        overrides["PROBITY_DATABASE_URL"] = database_url
-    return load_settings(None, overrides)
+def _end(_signal: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return load_settings(
+        None,
+        {},
+        {
+            "data_dir": arguments.data,
+            "server.port": arguments.port,
+            "database.url": arguments.database_url,
+            "audit.low_water_mib": 1,
+            "audit.lease_s": LEASE_S,
+        },
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -54,7 +73,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--database-url")
     parser.add_argument("--token-s", type=float, default=0.005, help="seconds before each delta")
     parser.add_argument("--chunk", type=int, default=4, help="tokens a delta")
-    parser.add_argument("--repeat", type=int, default=1, help="how often the answer repeats its words")
     return parser.parse_args()
 
 
