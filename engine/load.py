@@ -7,7 +7,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.limits import EngineLimits
-from engine.model_runner import LINEARS, ModelRunner, blocks_in, choose_linear
+from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears
 from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
 from engine.numeric_policy import digest, numeric_policy
 from engine.runtime import EngineRuntime, RuntimeTimes
@@ -25,8 +25,8 @@ def load_engine(config: EngineConfig) -> EngineRuntime:
     version = digest_directory(config.model)
     tokenizer = Tokenizer(config.model)
     shape = DecoderConfig.from_json(read_json(config.model, "config.json"))
-    chosen = choose_linear(shape)
-    decoder = Decoder(shape, load_parameters(config.model, parameter_shapes(shape)), LINEARS[chosen])
+    chosen = choose_linears(shape, config.max_tokens_per_step)
+    decoder = Decoder(shape, load_parameters(config.model, parameter_shapes(shape)), LinearByShape(chosen))
     core = EngineCore(
         ModelRunner(decoder, blocks_in(config.kv_cache_mib, shape)),
         EngineLimits(

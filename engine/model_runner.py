@@ -7,7 +7,7 @@ stands in the numeric policy.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,19 +27,35 @@ class InvarianceUnavailable(EngineStartError):
     """No product of this machine gives a row the same bits among any neighbours."""
 
 
-LINEARS: dict[str, Linear] = {"library": linear, "fixed_tiles": linear_fixed_tiles}
+LINEARS: dict[str, Linear] = {"library": linear, "fixed_tiles": linear_fixed_tiles}  # the faster first
+Shape = tuple[int, int]
 
 
-def choose_linear(config: DecoderConfig) -> str:
-    """Return the name of the fastest product that is invariant here for every shape of the model.
+def choose_linears(config: DecoderConfig, most_rows: int) -> dict[Shape, str]:
+    """Return, for every weight shape (N, K) of the model, the name of the fastest product that is invariant here.
 
     Raises:
-        InvarianceUnavailable: none is.
+        InvarianceUnavailable: for one of the shapes none is.
     """
+    return {shape: _fastest(shape, most_rows) for shape in sorted(set(config.linear_shapes()))}
+
+
+def _fastest(shape: Shape, most_rows: int) -> str:
     for name, function in LINEARS.items():
-        if verify_invariance(function, config.linear_shapes(), torch.bfloat16):
+        if verify_invariance(function, shape, torch.bfloat16, most_rows):
             return name
     raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
+
+
+class LinearByShape:
+    """A `kernels.linear.Linear` that takes each weight to the product chosen for its shape."""
+
+    def __init__(self, chosen: Mapping[Shape, str]) -> None:
+        self._by_shape = {shape: LINEARS[name] for shape, name in chosen.items()}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, columns = weight.shape
+        return self._by_shape[rows, columns](x, weight, bias)
 
 
 class ModelRunner:

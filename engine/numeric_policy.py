@@ -3,7 +3,7 @@
 Bits repeat under an equal policy, and nothing is claimed across different ones. Its digest is the OpenAI
 `system_fingerprint`. SHA-256 of canonical JSON, for example (shortened):
 
-    {"cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":"fixed_tiles","machine":"x86_64",
+    {"cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},"machine":"x86_64",
      "numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
 """
 
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+from collections.abc import Mapping
 from importlib.resources import files
 
 import numpy as np
@@ -21,8 +23,8 @@ from kernels import linear as linear_kernel
 from kernels import paged_attention
 
 
-def numeric_policy(linear: str) -> dict[str, str | int]:
-    """Return the policy of this process, after its thread count was set. `linear` is the product that was chosen."""
+def numeric_policy(linears: Mapping[tuple[int, int], str]) -> dict[str, object]:
+    """Return the policy of this process, its thread count set. `linears` names the product of each weight shape."""
     return {
         "v": 1,
         "machine": platform.machine(),
@@ -31,9 +33,10 @@ def numeric_policy(linear: str) -> dict[str, str | int]:
         "torch": torch.__version__,
         "build": "sha256:" + hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
         "numpy": np.__version__,
+        "environment": {name: os.environ[name] for name in _SWITCHES if name in os.environ},
         "threads": torch.get_num_threads(),
         "dtype": "bfloat16",
-        "linear": linear,
+        "linear": {f"{rows}x{columns}": name for (rows, columns), name in linears.items()},
         "linear_tile_rows": linear_kernel.TILE_M,
         "attention_tile": paged_attention.TILE,
         "attention_segment": paged_attention.SEGMENT,
@@ -43,11 +46,21 @@ def numeric_policy(linear: str) -> dict[str, str | int]:
     }
 
 
-def digest(policy: dict[str, str | int]) -> str:
+def digest(policy: Mapping[str, object]) -> str:
     canonical = json.dumps(policy, sort_keys=True, separators=(",", ":")).encode()
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
 
 
+# What makes a library choose other kernels on the same machine.
+_SWITCHES = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NPY_DISABLE_CPU_FEATURES",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+)
 _ARITHMETIC = frozenset({"decoder.py", "sampler.py", "logprobs.py", "model_runner.py"})
 
 

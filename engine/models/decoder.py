@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3, by configuration: one decoder, names as in Hugging Face.
 
-    embed ─▶ [norm ─▶ qkv ─▶ (q, k norm) ─▶ rope ─▶ store ─▶ attention ─▶ o ─▶ norm ─▶ gate·up ─▶ down] ─▶ norm ─▶ head
+    embed ▶ [norm ▶ qkv ▶ (q, k norm) ▶ rope ▶ store ▶ attention ▶ o ▶ norm ▶ gate·up ▶ down] ▶ norm ▶ logits
 
 What differs between them is a bias on qkv (Qwen2), a norm on each head (Qwen3), the rope scaling. A feature that is not
 computed exactly here is refused when the configuration is read, by name. Layers take the step's inputs as an argument;
@@ -204,7 +204,10 @@ class Decoder:
             last = index + 1 == len(self._layers)
             weight = self._norm if last else self._layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed, residual, weight, epsilon)
-        return self._linear(normed[inputs.sampled], self._head, None).float()
+        wanted = normed[inputs.sampled]
+        if wanted.shape[0] == 0:  # a chunk of a long prompt by itself: only keys and values were wanted
+            return wanted.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return self._linear(wanted, self._head, None).float()
 
     def _attention(
         self, layer: Layer, normed: Tensor, inputs: StepInputs, cache: KVCache, cos: Tensor, sin: Tensor

@@ -1,0 +1,130 @@
+"""Position-wise invariance with a real model: the bits of a token depend on what stands before it and on nothing else.
+
+`bits` are the tokens, the float32 logprobs with the twenty best beside them, and the replay digest. `wide` has products
+for which the library itself is not invariant on some machines, so that what replaces it is tested where that is so.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from engine.core import EngineCore
+from engine.request import GenerationRequest
+from tests.support.engine_core import Output, make_request, run_all
+from tests.support.model_engine import MOST_ROWS, load_model, model_core
+from tests.support.tiny_models import VOCABULARY
+
+LENGTHS = (1, 15, 16, 17, 63, 65, 257, 300)
+NEW_TOKENS = 12
+UNBOUNDED = MOST_ROWS
+MODELS = ("llama", "qwen2", "qwen3", "wide")  # mistral differs from llama by no operation
+
+
+@pytest.fixture(params=MODELS)
+def directory(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
+    return tiny_models[request.param]
+
+
+def prompt(length: int, start: int = 5) -> list[int]:
+    return [3 + (start + 31 * index * index) % (VOCABULARY - 3) for index in range(length)]
+
+
+def ask(length: int, name: str = "") -> GenerationRequest:
+    """Sampled, by every rule at once."""
+    return make_request(
+        name or str(length),
+        prompt(length),
+        NEW_TOKENS,
+        seed=length,
+        temperature=0.9,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.01,
+        top_logprobs=20,
+        ignore_eos=True,
+    )
+
+
+def others(count: int) -> list[GenerationRequest]:
+    return [
+        make_request(f"other-{index}", prompt(1 + 37 * index % 150, index), 1 + 5 * index % 20, seed=index)
+        for index in range(count)
+    ]
+
+
+def bits(output: Output) -> tuple[object, ...]:
+    assert output.stats is not None
+    entries = [
+        (entry.token, entry.logprob, *(number for pair in entry.top for number in pair)) for entry in output.logprobs
+    ]
+    return output.tokens, [struct.pack(f"<{len(entry)}d", *entry) for entry in entries], output.stats.replay_digest
+
+
+@cache
+def alone(directory: Path, length: int) -> tuple[object, ...]:
+    return bits(run_all(model_core(load_model(directory)), [ask(length, "r")])["r"])
+
+
+def assert_as_alone(directory: Path, outputs: dict[str, Output]) -> None:
+    for length in LENGTHS:
+        assert bits(outputs[str(length)]) == alone(directory, length)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 100, UNBOUNDED])
+def test_chunk_boundaries_change_no_bit(directory: Path, chunk: int) -> None:
+    for length in LENGTHS:
+        core = model_core(load_model(directory), chunk_tokens=chunk)
+        assert bits(run_all(core, [ask(length)])[str(length)]) == alone(directory, length)
+
+
+@pytest.mark.parametrize("count", [1, 7, 32, 40])
+def test_neighbours_change_no_bit(directory: Path, count: int) -> None:
+    beside = others(count)
+    core = model_core(load_model(directory), 1024, token_budget=64 + 17 * count, chunk_tokens=100)
+    mine = [ask(length) for length in LENGTHS]
+    assert_as_alone(directory, run_all(core, [*beside[: count // 2], *mine, *beside[count // 2 :]], check=False))
+
+
+def test_a_cache_warm_to_any_block_boundary_changes_no_bit(directory: Path) -> None:
+    for warm in range(16, 257, 16):
+        core = model_core(load_model(directory), chunk_tokens=100)
+        run_all(core, [make_request("warm", prompt(warm + 1), 1)])
+        output = run_all(core, [ask(257)])["257"]
+        assert output.stats is not None
+        assert output.stats.cached_tokens == warm
+        assert bits(output) == alone(directory, 257)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_preemption_at_every_kth_step_changes_no_bit(directory: Path, every: int) -> None:
+    def preempt(core: EngineCore, step: int) -> None:
+        if step % every == every - 1 and core.scheduler.running:
+            core.scheduler.preempt_youngest()
+
+    for length in (1, 17, 65, 257):
+        core = model_core(load_model(directory), chunk_tokens=100)
+        output = run_all(core, [ask(length)], before_step=preempt)[str(length)]
+        assert output.stats is not None
+        assert output.stats.preemptions > 0
+        assert bits(output) == alone(directory, length)
+
+
+def test_preemption_with_an_evicted_cache_changes_no_bit(directory: Path) -> None:
+    def preempt(core: EngineCore, step: int) -> None:
+        while step % 5 == 4 and core.scheduler.running:
+            core.scheduler.preempt_youngest()
+
+    core = model_core(load_model(directory), 24, token_budget=64, chunk_tokens=64)
+    outputs = run_all(core, [*others(12), *(ask(length) for length in LENGTHS)], before_step=preempt)
+    assert core.metrics().preemptions > 0
+    assert_as_alone(directory, outputs)
+
+
+def test_another_process_of_blocks_and_requests_before_changes_no_bit(directory: Path) -> None:
+    core = model_core(load_model(directory), 64)
+    run_all(core, others(20))
+    assert_as_alone(directory, run_all(core, [ask(length) for length in LENGTHS]))
