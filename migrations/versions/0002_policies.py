@@ -29,6 +29,18 @@ def upgrade() -> None:
         sa.Column("suspended", sa.Boolean, nullable=False),
         sa.Column("generation", sa.Integer, nullable=False),
     )
+    if op.get_bind().dialect.name == "postgresql":
+        _give_rights()
+
+
+def _give_rights() -> None:
+    """The roles of 0001: a stored version never changes, what holds does."""
+    for table in ("policy_version", "tenant_state"):
+        op.execute(f"ALTER TABLE {table} OWNER TO audit_owner")
+        op.execute(f"REVOKE ALL ON {table} FROM PUBLIC, audit_writer, audit_reader")
+        op.execute(f"GRANT SELECT ON {table} TO audit_reader")
+        op.execute(f"GRANT SELECT, INSERT ON {table} TO audit_writer")
+    op.execute("GRANT UPDATE ON tenant_state TO audit_writer")
 
 
 def downgrade() -> None:
