@@ -29,6 +29,15 @@ MAX_NUMBERED_AT_ONCE = 4_096  # leaves of one writer a transaction, on PostgreSQ
 _ADVISORY_LOCK = 0x70726F62  # "prob": one sequencer a database
 
 
+# Built once: they run for every batch.
+_FRONTIER = select(head.c.frontier).where(head.c.log == bindparam("at_log"))
+_SET_HEAD = (
+    update(head)
+    .where(head.c.log == bindparam("at_log"))
+    .values(size=bindparam("new_size"), frontier=bindparam("new_frontier"))
+)
+
+
 @dataclass(frozen=True, slots=True)
 class NewLeaf:
     """A leaf to be numbered."""
@@ -47,7 +56,7 @@ def open_log(connection: Connection, log: str, tenant: str) -> None:
 
 def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     """Append `leaves` to the tree of `log` in their order; return its new size. Part of the caller's transaction."""
-    stored = connection.execute(select(head.c.frontier).where(head.c.log == log)).scalar_one()
+    stored = connection.execute(_FRONTIER, {"at_log": log}).scalar_one()
     frontier = Frontier.from_bytes(bytes(stored))
     first = frontier.size
     insert_rows(
@@ -60,7 +69,7 @@ def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     )
     for new in leaves:
         frontier.push(new.leaf_hash)
-    connection.execute(update(head).where(head.c.log == log).values(size=frontier.size, frontier=frontier.to_bytes()))
+    connection.execute(_SET_HEAD, {"at_log": log, "new_size": frontier.size, "new_frontier": frontier.to_bytes()})
     _write_full_tiles(connection, log, first, frontier.size)
     return frontier.size
 

@@ -39,7 +39,7 @@ from audit.keystore import KeyStore, KeyStoreError, WrappedKey
 from audit.leaf import FIRST_PREV, Leaf, PartCommitment
 from audit.ratchet import Ratchet, RatchetError
 from audit.records import CLOSING, Receipt, Record, RecordType, Segment
-from audit.sequencer import NewLeaf, mark_numbered, number, number_waiting, open_log, publish, unpublished
+from audit.sequencer import NewLeaf, number, number_waiting, open_log, publish, unpublished
 from audit.tables import chain, content, head, insert_rows, journal, leaf, request_index, writer
 
 # LogError                  catch this
@@ -525,15 +525,16 @@ class Writer:
             by_log.setdefault(row["log"], []).append(row)
         for log, rows in sorted(by_log.items()):
             appended = rows[-1]["writer_seq"] + 1
+            values = {"at_log": log, "at_writer": self.id, "appended": appended}
             if rows[0]["writer_seq"] == 0:
-                connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=0))
+                numbered = appended if self._database.embedded else 0
+                connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=numbered))
+            elif self._database.embedded:
+                connection.execute(_APPENDED_AND_NUMBERED, {**values, "numbered": appended})
             else:
-                connection.execute(
-                    update(chain).where(chain.c.log == log, chain.c.writer == self.id).values(appended=appended)
-                )
+                connection.execute(_APPENDED, values)
             if self._database.embedded:
                 number(connection, log, [NewLeaf(self.id, row["writer_seq"], row["leaf_hash"]) for row in rows])
-                mark_numbered(connection, log, self.id, appended)
 
     def _commit_again(self, batch: _Batch) -> None:
         """The connection broke: find out whether the batch is stored; if it is not, store the same bytes once."""
@@ -814,6 +815,12 @@ _CLOSE_INDEX = (
         guardrails=request_index.c.guardrails + bindparam("more_guardrails"),
     )
 )
+_APPENDED = (
+    update(chain)
+    .where(chain.c.log == bindparam("at_log"), chain.c.writer == bindparam("at_writer"))
+    .values(appended=bindparam("appended"))
+)
+_APPENDED_AND_NUMBERED = _APPENDED.values(numbered=bindparam("numbered"))
 _CLEAR_JOURNAL = delete(journal).where(journal.c.request_id == bindparam("at_request"))
 
 

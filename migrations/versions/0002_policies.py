@@ -34,10 +34,10 @@ def upgrade() -> None:
 
 
 def _give_rights() -> None:
-    """The gateways read and change them; a stored version is never rewritten. The roles are those of 0001."""
+    """The roles of 0001: a stored version never changes, what holds does."""
     for table in ("policy_version", "tenant_state"):
         op.execute(f"ALTER TABLE {table} OWNER TO audit_owner")
-        op.execute(f"REVOKE ALL ON {table} FROM PUBLIC")
+        op.execute(f"REVOKE ALL ON {table} FROM PUBLIC, audit_writer, audit_reader")
         op.execute(f"GRANT SELECT ON {table} TO audit_reader")
         op.execute(f"GRANT SELECT, INSERT ON {table} TO audit_writer")
     op.execute("GRANT UPDATE ON tenant_state TO audit_writer")

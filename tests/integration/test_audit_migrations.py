@@ -61,3 +61,20 @@ def test_a_step_that_fails_leaves_nothing(empty_url: str) -> None:
         assert set(inspect(engine).get_table_names()) == {"writer"}
     finally:
         engine.dispose()
+
+
+def test_the_gateways_role_may_ask_for_an_upgrade_that_is_already_there(postgres: PostgresServer) -> None:
+    migrations.upgrade(postgres.database().url)
+
+
+def test_the_gateways_role_keeps_policies_and_cannot_change_a_stored_version(postgres: PostgresServer) -> None:
+    engine = create_engine(postgres.database().url)
+    try:
+        with engine.begin() as connection:
+            connection.execute(text("INSERT INTO policy_version VALUES ('acme-bank', 1, '', '', 'mia', '', 0)"))
+            connection.execute(text("INSERT INTO tenant_state VALUES ('acme-bank', NULL, false, 0)"))
+            connection.execute(text("UPDATE tenant_state SET active_version = 1"))
+        with pytest.raises(SQLAlchemyError, match="permission denied"), engine.begin() as connection:
+            connection.execute(text("UPDATE policy_version SET document = 'another'"))
+    finally:
+        engine.dispose()
