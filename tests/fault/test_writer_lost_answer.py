@@ -64,7 +64,7 @@ async def test_a_request_whose_answer_and_database_are_gone_is_closed_behind_its
     await log.append(received(R[0]))
     appending = asyncio.ensure_future(log.append(received(R[1])))
     proxy.cut_at_commit(when)
-    while not proxy.cuts:  # noqa: ASYNC110 - the proxy's threads know no loop
+    while not proxy.cuts:
         await asyncio.sleep(0.001)
     proxy.down()
     with pytest.raises(LogUnavailable):
@@ -133,7 +133,7 @@ async def test_a_server_killed_under_load_loses_nothing_that_was_confirmed(tmp_p
             confirmed.add(R[number])
 
         requests = [asyncio.ensure_future(one(number)) for number in range(len(R))]
-        while not confirmed:  # noqa: ASYNC110 - as soon as one is
+        while not confirmed:
             await asyncio.sleep(0)
         server.kill()
         await asyncio.gather(*requests, return_exceptions=True)
