@@ -37,7 +37,6 @@ from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore
 
-
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 

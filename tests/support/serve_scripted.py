@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
