@@ -95,7 +95,13 @@ class Generation:
         self._inspectors = [OutputInspector(grant.obligations.guardrails) for _ in self._choices]
         self.outbox = Outbox(on_abandon=self._abort)
         self._release = Release(
-            question.principal.tenant, question.request_id, self._inspectors, self.outbox, log.journal, monotonic
+            question.principal.tenant,
+            question.request_id,
+            self._inspectors,
+            self.outbox,
+            log.journal,
+            monotonic,
+            engine.token_text,
         )
 
     async def run(self) -> None:

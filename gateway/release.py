@@ -18,6 +18,7 @@ from typing import Protocol
 from audit.records import Segment
 from engine.request import TokenLogprob
 from gateway.answer import Outbox, Piece
+from gateway.trail import TokenText, Trail
 
 PACE_S = 0.020
 
@@ -36,23 +37,23 @@ class Inspector(Protocol):
 class _Choice:
     """One choice's text between inspection and the outbox."""
 
-    def __init__(self, inspector: Inspector) -> None:
+    def __init__(self, inspector: Inspector, token_text: TokenText) -> None:
         self.inspector = inspector
         self.waiting: list[str] = []  # inspected, not yet journaled
-        self.logprobs: list[TokenLogprob] = []
+        self.taken = 0  # characters that were waiting once
+        self.trail = Trail(token_text)
         self.output: list[str] = []  # everything inspected and fit to release, waiting or sent: what goes on record
         self.finish_reason: str | None = None
-        self.finish_sent = False
 
     def add(self, text: str) -> None:
         if text:
             self.waiting.append(text)
             self.output.append(text)
 
-    def take(self) -> tuple[str, tuple[TokenLogprob, ...]]:
-        text, logprobs = "".join(self.waiting), tuple(self.logprobs)
-        self.waiting, self.logprobs = [], []
-        return text, logprobs
+    def take(self) -> str:
+        text, self.waiting = "".join(self.waiting), []
+        self.taken += len(text)
+        return text
 
 
 class Release:
@@ -66,10 +67,11 @@ class Release:
         outbox: Outbox,
         journal: Callable[[Segment], Awaitable[None]],
         monotonic: Callable[[], float],
+        token_text: TokenText,
     ) -> None:
         self._tenant = tenant
         self._request_id = request_id
-        self._choices = [_Choice(inspector) for inspector in inspectors]
+        self._choices = [_Choice(inspector, token_text) for inspector in inspectors]
         self._outbox = outbox
         self._journal = journal
         self._monotonic = monotonic
@@ -81,7 +83,7 @@ class Release:
     def add(self, choice: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
         """Inspect newly generated text. Return False when a guardrail halts this choice."""
         state = self._choices[choice]
-        state.logprobs.extend(logprobs)
+        state.trail.add(logprobs)
         state.add(state.inspector.push(text))
         if state.inspector.halted_by is not None:
             state.finish_reason = "content_filter"
@@ -118,8 +120,8 @@ class Release:
         for index, state in enumerate(self._choices):
             if not state.waiting:
                 continue
-            text, logprobs = state.take()
-            self._unsent.append(Piece(index, text, logprobs))
+            text = state.take()
+            self._unsent.append(Piece(index, text, state.trail.take(state.taken)))
             segment = Segment(self._tenant, self._request_id, index, self._sequence, text.encode())
             confirmations.append(self._journal(segment))
             self._sequence += 1
@@ -140,5 +142,6 @@ class Release:
         """Send what is left. Only to be called once the closing record, which holds all of it, is durable."""
         self._send_unsent()
         for index, state in enumerate(self._choices):
-            text, logprobs = state.take()
+            text = state.take()
+            logprobs = state.trail.rest() if state.inspector.halted_by is None else ()  # what was withheld stays so
             self._outbox.put(Piece(index, text, logprobs, state.finish_reason))

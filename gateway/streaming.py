@@ -7,7 +7,7 @@ It reads an outbox and knows nothing of how an answer comes to be. A caller that
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,10 +17,9 @@ from starlette.types import Receive, Scope, Send
 
 from engine.request import TokenLogprob
 from gateway.answer import Failure, Outbox, Piece, Usage
+from gateway.trail import TokenText
 
 DONE = b"data: [DONE]\n\n"
-
-TokenText = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,8 @@ class Switchboard:
         return "an answer"
 
     async def step(self, position: int) -> None:
-        while not self.gate.is_set():
-            await asyncio.sleep(0.01)
+        if not self.gate.is_set():
+            await asyncio.to_thread(self.gate.wait, 30)
 
 
 @pytest.fixture(scope="module")

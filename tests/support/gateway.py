@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from engine.request import Engine
 from gateway.app import create_app, server
@@ -35,7 +37,13 @@ class RunningGateway:
 
 @contextmanager
 def running_gateway(
-    data: Path, engine: Engine, *, obligations: str = "", sections: str = "", **overrides: object
+    data: Path,
+    engine: Engine,
+    *,
+    obligations: str = "",
+    sections: str = "",
+    around: Callable[[FastAPI, ASGIApp], ASGIApp] | None = None,  # what stands between the server and the app
+    **overrides: object,
 ) -> Iterator[RunningGateway]:
     """Serve until the block ends; then drain and close as SIGTERM would."""
     port = free_port()
@@ -46,6 +54,8 @@ def running_gateway(
     app = create_app(settings, engine=engine)
     activate_policy(app, policy_text(engine.model.digest, obligations=obligations, sections=sections))
     running = server(app)
+    if around is not None:
+        running.config.app = around(app, cast(ASGIApp, running.config.app))
     thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
     while not running.started:

@@ -1,0 +1,140 @@
+"""A witness beside the gateway: it looks into the database file through connections of its own, and opens what it
+finds with the keyring. What it does not see there was not committed.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from audit.content import SealedPart, open_part, open_transient
+from audit.journal import part_name
+from audit.leaf import Leaf
+from audit.records import CLOSING, RecordType
+from gateway.state import AppState
+
+
+class Witness:
+    def __init__(self, rooms: AppState, tenant: str) -> None:
+        self._log = rooms.log
+        self._tenant = tenant
+        self._path: Path = rooms.settings.data_dir / "probity.sqlite3"
+
+    def leaves(self, request_id: str) -> list[Leaf]:
+        rows = self._rows("SELECT bytes FROM leaf WHERE request_id = ? ORDER BY writer_seq", request_id)
+        return [Leaf.parse(row[0]) for row in rows]
+
+    def received_prompt(self, request_id: str) -> str | None:
+        """Return the prompt for the model of the committed `request.received`, or None."""
+        received = [leaf for leaf in self.leaves(request_id) if leaf.type is RecordType.REQUEST_RECEIVED]
+        return self._part(received[0], "prompt_to_model").decode() if received else None
+
+    def texts(self, request_id: str) -> dict[int, str]:
+        """Return what is on record of each choice: of the closing record, else of the journal."""
+        connection = sqlite3.connect(self._path)
+        try:
+            connection.execute("BEGIN")  # one moment for both
+            closing = [leaf for leaf in self.leaves(request_id) if leaf.type in CLOSING]
+            query = "SELECT sequence, choice, sealed FROM journal WHERE request_id = ? ORDER BY sequence"
+            segments = connection.execute(query, (request_id,)).fetchall()
+            closing = closing or [leaf for leaf in self.leaves(request_id) if leaf.type in CLOSING]
+        finally:
+            connection.close()
+        if closing:
+            return dict(enumerate(json.loads(self._part(closing[0], "output"))))
+        key = self._data_key(request_id)
+        texts: dict[int, str] = {}
+        for sequence, choice, sealed in segments:
+            opened = open_transient(key, self._tenant, request_id, part_name(sequence), sealed).decode()
+            texts[choice] = texts.get(choice, "") + opened
+        return texts
+
+    def _part(self, leaf: Leaf, name: str) -> bytes:
+        query = "SELECT key_id, nonce, ciphertext FROM content WHERE record_id = ? AND part = ?"
+        ((key_id, nonce, ciphertext),) = self._rows(query, leaf.record, name)
+        committed = next(part for part in leaf.parts if part.name == name)
+        sealed = SealedPart(bytes.fromhex(committed.com), bytes.fromhex(committed.ct), nonce, ciphertext)
+        return open_part(self._data_key(key_id), self._tenant, leaf.record, name, sealed).plaintext
+
+    def _data_key(self, key_id: str) -> bytes:
+        return self._log.keyring.encryption.unwrap(self._tenant, self._log.keystore.get(key_id).wrapped)
+
+    def _rows(self, query: str, *values: str) -> Sequence[tuple[object, ...]]:
+        connection = sqlite3.connect(self._path)
+        try:
+            return connection.execute(query, values).fetchall()
+        finally:
+            connection.close()
+
+
+class Guarded:
+    """Stands between the server and the app: before a body chunk goes on, all text up to its end must be on record.
+
+    Tokens shown by log-probabilities count as text. What leaves too early is named in `breaches`.
+    """
+
+    def __init__(self, app: FastAPI, inner: ASGIApp, tenant: str) -> None:
+        self._inner = inner
+        self._witness = Witness(app.state.probity, tenant)
+        self.breaches: list[str] = []
+        self.chunks = 0  # that carried text
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent: dict[int, str] = {}
+        shown: dict[int, bytes] = {}
+        request_id = ""
+
+        async def watched(message: Message) -> None:
+            nonlocal request_id
+            if message["type"] == "http.response.start":
+                request_id = dict(message["headers"])[b"x-request-id"].decode()
+            elif message["type"] == "http.response.body" and message.get("body"):
+                for choice, text, tokens in _texts(message["body"]):
+                    sent[choice] = sent.get(choice, "") + text
+                    shown[choice] = shown.get(choice, b"") + tokens
+                self._check(request_id, sent, shown)
+            await send(message)
+
+        await self._inner(scope, receive, watched if scope["type"] == "http" else send)
+
+    def _check(self, request_id: str, sent: dict[int, str], shown: dict[int, bytes]) -> None:
+        if not any(sent.values()) and not any(shown.values()):
+            return
+        self.chunks += 1
+        on_record = self._witness.texts(request_id)
+        for choice, text in sent.items():
+            if not on_record.get(choice, "").startswith(text):
+                self.breaches.append(f"text of choice {choice} of {request_id} is not on record")
+        for choice, tokens in shown.items():
+            if not on_record.get(choice, "").encode().startswith(tokens):
+                self.breaches.append(f"tokens of choice {choice} of {request_id} are not on record")
+
+
+def _texts(body: bytes) -> list[tuple[int, str, bytes]]:
+    """Return (choice, text, bytes of its log-probabilities' tokens) of everything in a body chunk."""
+    if body.startswith(b"{"):
+        return _of(orjson.loads(body))
+    found = []
+    for line in body.split(b"\n\n"):
+        data = line.removeprefix(b"data: ")
+        if data and data != b"[DONE]":
+            found += _of(orjson.loads(data))
+    return found
+
+
+def _of(answer: dict[str, object]) -> list[tuple[int, str, bytes]]:
+    found = []
+    choices = answer.get("choices") or []
+    assert isinstance(choices, list)
+    for choice in choices:
+        said = choice.get("delta") or choice.get("message") or choice
+        text = said.get("content") or said.get("text") or ""
+        logprobs = (choice.get("logprobs") or {}).get("content") or []
+        found.append((choice["index"], text, b"".join(bytes(entry["bytes"]) for entry in logprobs)))
+    return found
