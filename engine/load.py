@@ -7,12 +7,13 @@ import torch
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.limits import EngineLimits
-from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears
+from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears, choose_segment
 from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
 from engine.numeric_policy import digest, numeric_policy
 from engine.runtime import EngineRuntime, RuntimeTimes
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from engine.weights import digest_directory, load_parameters, read_json
+from kernels.paged_attention import SEGMENTS
 
 
 def load_engine(config: EngineConfig) -> EngineRuntime:
@@ -25,8 +26,10 @@ def load_engine(config: EngineConfig) -> EngineRuntime:
     version = digest_directory(config.model)
     tokenizer = Tokenizer(config.model)
     shape = DecoderConfig.from_json(read_json(config.model, "config.json"))
-    chosen = choose_linears(shape, config.max_tokens_per_step)
-    decoder = Decoder(shape, load_parameters(config.model, parameter_shapes(shape)), LinearByShape(chosen))
+    segment = choose_segment(shape)
+    linears = choose_linears(shape, config.max_tokens_per_step)
+    parameters = load_parameters(config.model, parameter_shapes(shape))
+    decoder = Decoder(shape, parameters, LinearByShape(linears), SEGMENTS[segment])
     core = EngineCore(
         ModelRunner(decoder, blocks_in(config.kv_cache_mib, shape)),
         EngineLimits(
@@ -44,6 +47,6 @@ def load_engine(config: EngineConfig) -> EngineRuntime:
         core,
         tokenizer,
         version,
-        digest(numeric_policy(chosen)),
+        digest(numeric_policy(linears, segment)),
         times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
     )

@@ -18,13 +18,16 @@ from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs
 from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
 from engine.request import TokenLogprob
 from engine.sampler import sample
+from kernels import paged_attention
+from kernels.attention_plan import plan_attention
 from kernels.linear import Linear, linear, linear_fixed_tiles, verify_invariance
+from kernels.paged_attention import SEGMENTS
 
 BYTES_PER_VALUE = 2  # bfloat16
 
 
 class InvarianceUnavailable(EngineStartError):
-    """No product of this machine gives a row the same bits among any neighbours."""
+    """No product, or no attention, of this machine gives a row the same bits among any neighbours."""
 
 
 LINEARS: dict[str, Linear] = {"library": linear, "fixed_tiles": linear_fixed_tiles}  # the faster first
@@ -47,6 +50,18 @@ def _fastest(shape: Shape, most_rows: int) -> str:
     raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
 
 
+def choose_segment(config: DecoderConfig) -> str:
+    """Return the name of the fastest segment attention that is invariant here for the model's heads.
+
+    Raises:
+        InvarianceUnavailable: none is.
+    """
+    for name, segment in SEGMENTS.items():
+        if paged_attention.verify_invariance(segment, config.num_key_value_heads, config.head_dim, torch.bfloat16):
+            return name
+    raise InvarianceUnavailable("no attention of this machine is invariant; answers could not be replayed")
+
+
 class LinearByShape:
     """A `kernels.linear.Linear` that takes each weight to the product chosen for its shape."""
 
@@ -63,7 +78,7 @@ class ModelRunner:
 
     def __init__(self, decoder: Decoder, block_count: int) -> None:
         config = decoder.config
-        shape = (block_count, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+        shape = (block_count + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
         self._decoder = decoder
         self._block_count = block_count
         self._caches = [
@@ -78,31 +93,31 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         sampling = [row for row in plan.rows if row.sampling is not None]
-        logits = self._decoder.forward(_inputs(plan.rows), self._caches)
+        logits = self._decoder.forward(self._inputs(plan.rows), self._caches)
         return StepResult(_in_place(plan.rows, _sample(sampling, logits)))
 
-
-def _inputs(rows: Sequence[RowPlan]) -> StepInputs:
-    tokens = [token for row in rows for token in row.tokens]
-    positions = [row.start + offset for row in rows for offset in range(len(row.tokens))]
-    width = max(len(row.block_table) for row in rows)
-    table = torch.tensor([[*row.block_table, *(0,) * (width - len(row.block_table))] for row in rows])
-    sequence_of = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor([len(row.tokens) for row in rows]))
-    position_of = torch.tensor(positions)
-    slots = table[sequence_of, position_of // BLOCK_SIZE] * BLOCK_SIZE + position_of % BLOCK_SIZE
-    ends, end = [], 0
-    for row in rows:
-        end += len(row.tokens)
-        if row.sampling is not None:
-            ends.append(end - 1)
-    return StepInputs(
-        tokens=torch.tensor(tokens),
-        positions=position_of,
-        sequence_of=sequence_of,
-        block_table=table,
-        slots=slots,
-        sampled=torch.tensor(ends, dtype=torch.long),
-    )
+    def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
+        lengths = torch.tensor([len(row.tokens) for row in rows])
+        width = max(len(row.block_table) for row in rows)
+        table = torch.tensor([[*row.block_table, *(0,) * (width - len(row.block_table))] for row in rows])
+        sequence = torch.repeat_interleave(torch.arange(len(rows)), lengths)
+        positions = torch.tensor([row.start + offset for row in rows for offset in range(len(row.tokens))])
+        config = self._decoder.config
+        return StepInputs(
+            tokens=torch.tensor([token for row in rows for token in row.tokens]),
+            positions=positions,
+            slots=table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
+            attention=plan_attention(
+                table,
+                sequence,
+                positions,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                BLOCK_SIZE,
+                zero_slot=self._block_count * BLOCK_SIZE,
+            ),
+            sampled=(lengths.cumsum(0) - 1)[[row.sampling is not None for row in rows]],
+        )
 
 
 def _sample(rows: Sequence[RowPlan], logits: Tensor) -> list[TokenLogprob]:

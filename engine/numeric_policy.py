@@ -3,7 +3,7 @@
 Bits repeat under an equal policy, and nothing is claimed across different ones. Its digest is the OpenAI
 `system_fingerprint`. SHA-256 of canonical JSON, for example (shortened):
 
-    {"cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},"machine":"x86_64",
+    {"attention":"fused","cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},"machine":"x86_64",
      "numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
 """
 
@@ -19,12 +19,12 @@ from importlib.resources import files
 import numpy as np
 import torch
 
+from kernels import attention_plan
 from kernels import linear as linear_kernel
-from kernels import paged_attention
 
 
-def numeric_policy(linears: Mapping[tuple[int, int], str]) -> dict[str, object]:
-    """Return the policy of this process, its thread count set. `linears` names the product of each weight shape."""
+def numeric_policy(linears: Mapping[tuple[int, int], str], segment: str) -> dict[str, object]:
+    """Return the policy of this process, its thread count set. What was chosen is named."""
     return {
         "v": 1,
         "machine": platform.machine(),
@@ -38,9 +38,10 @@ def numeric_policy(linears: Mapping[tuple[int, int], str]) -> dict[str, object]:
         "dtype": "bfloat16",
         "linear": {f"{rows}x{columns}": name for (rows, columns), name in linears.items()},
         "linear_tile_rows": linear_kernel.TILE_M,
-        "attention_tile": paged_attention.TILE,
-        "attention_segment": paged_attention.SEGMENT,
-        "attention_rows": paged_attention.ROWS,
+        "attention": segment,
+        "attention_tile": attention_plan.TILE,
+        "attention_segment": attention_plan.SEGMENT,
+        "attention_rows": attention_plan.ROWS,
         "kernels": _sources("kernels"),
         "arithmetic": _sources("engine.models", "engine"),
     }

@@ -8,13 +8,16 @@ Source: Hugging Face tokenizers (tokenizer.json); the byte alphabet of GPT-2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import codecs
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.config import UnsupportedModel
@@ -34,9 +37,9 @@ class Tokenizer:
         self._tokenizer = _load(directory)
         self._plain = _load(directory)
         self._plain.encode_special_tokens = True  # `<|im_end|>` in plain text is ten characters
-        self._special = frozenset(
-            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
-        )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
+        self._special = frozenset(added[token].content for token in self._special_ids)
         self._variables = {
             name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
@@ -54,14 +57,27 @@ class Tokenizer:
         """
         if self._template is None:
             raise RequestRefused("this model has no chat template; use `/v1/completions`", param="messages")
-        for message in messages:
-            content = str(message["content"])
-            if any(special in content for special in self._special):
-                raise RequestRefused("a message spells out a control token of the model; remove it", param="messages")
+        if any(self._spells_control(text) for message in messages for text in _texts(message)):
+            raise RequestRefused("a message spells out a control token of the model; remove it", param="messages")
+        rendered = self._render(messages)
+        if self._controls(rendered) != self._controls(self._render([_neutral(message) for message in messages])):
+            # Pieces that are harmless alone have met in the template and spell a control token together.
+            raise RequestRefused("the messages spell out a control token of the model; remove it", param="messages")
+        return rendered
+
+    def _render(self, messages: Sequence[Mapping[str, object]]) -> str:
         try:
             return str(self._template.render(messages=messages, add_generation_prompt=True, **self._variables))
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
             raise RequestRefused("the model's chat template refuses these messages", param="messages") from error
+
+    def _spells_control(self, text: str) -> bool:
+        """By name, and as the tokenizer itself reads it: what it normalises may be spelt in other characters."""
+        return any(special in text for special in self._special) or bool(self._controls(text))
+
+    def _controls(self, text: str) -> list[int]:
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [token for token in ids if token in self._special_ids]
 
     def encode(self, text: str, *, chat: bool) -> list[int]:
         """Return token ids; see `request.Engine.encode`."""
@@ -78,14 +94,26 @@ class Tokenizer:
         name = self._tokenizer.id_to_token(token)
         if name is None:
             return b""
-        if name in self._special or not self._is_byte_level:
-            return name.encode() if name in self._special else self.decode([token]).encode()
-        return bytes(_BYTE_OF[character] for character in name if character in _BYTE_OF)
+        if token in self._special_ids:
+            return str(name).encode()
+        if not self.is_byte_level:
+            return self.decode([token]).encode()
+        return self.plain_bytes(token)
+
+    def plain_bytes(self, token: int) -> bytes:
+        """Return what a token of a byte-level vocabulary adds to the text: bytes, none for a control token."""
+        name = self._tokenizer.id_to_token(token)
+        if name is None or token in self._special_ids:
+            return b""
+        # A token that was added with characters outside the byte alphabet stands for itself.
+        if all(character in _BYTE_OF for character in name):
+            return bytes(_BYTE_OF[character] for character in name)
+        return str(name).encode()
 
     @cached_property
-    def _is_byte_level(self) -> bool:
-        name = self._tokenizer.decoder.__class__.__name__
-        return name == "ByteLevel" or "ByteLevel" in str(self._tokenizer.decoder)
+    def is_byte_level(self) -> bool:
+        """Whether every token stands for bytes, whatever its neighbours are."""
+        return type(self._tokenizer.decoder).__name__ == "ByteLevel"
 
     def _eos(self, directory: Path) -> frozenset[int]:
         """Return every id that ends an answer: the tokenizer's, and those of generation_config.json."""
@@ -113,7 +141,8 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._stop = stop
         self._longest_stop = max(map(len, stop), default=0)
-        self._tokens: list[int] = []  # those whose text may depend on each other
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors="replace") if tokenizer.is_byte_level else None
+        self._tokens: list[int] = []  # without bytes: those whose text may depend on each other
         self._read = ""  # the text of self._tokens that was taken already
         self._held = ""  # taken text that may begin a stop string
         self._stopped = False
@@ -131,8 +160,11 @@ class IncrementalDetokenizer:
         """Return what is still held back, once no token will follow."""
         if self._stopped:
             return ""
-        rest = self._tokenizer.decode(self._tokens)[len(self._read) :]
-        self._tokens, self._read = [], ""
+        if self._bytes is not None:
+            rest = self._bytes.decode(b"", final=True)
+        else:
+            rest = self._tokenizer.decode(self._tokens)[len(self._read) :]
+            self._tokens, self._read = [], ""
         released = self._take(rest)
         if self._stopped:
             return released
@@ -141,6 +173,8 @@ class IncrementalDetokenizer:
 
     def _text_of(self, token: int) -> str:
         """Return the text that `token` completes; none while a character is incomplete."""
+        if self._bytes is not None:
+            return self._bytes.decode(self._tokenizer.plain_bytes(token))
         self._tokens.append(token)
         text = self._tokenizer.decode(self._tokens)
         if text.endswith(REPLACEMENT) and len(self._tokens) <= MAX_HELD_TOKENS:
@@ -185,7 +219,8 @@ def _load(directory: Path) -> tokenizers.Tokenizer:
 def _compile(source: str) -> Any:
     if not source:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(source)
@@ -193,8 +228,33 @@ def _compile(source: str) -> Any:
         raise UnsupportedModel("the model's chat template is not valid Jinja") from error
 
 
+def _to_json(value: object, indent: int | None = None) -> str:
+    """As Hugging Face renders it: Jinja's own escapes characters for HTML, which a model was never shown."""
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
 def _refuse(message: str) -> str:
     raise TemplateError(message)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Yield every text of a message: role, content and name as well as what is nested in them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _texts(key)
+            yield from _texts(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _neutral(message: Mapping[str, object]) -> dict[str, object]:
+    """Return the message with a letter for its content; roles decide how a template renders and stay."""
+    return (
+        {**message, "content": "x"} if isinstance(message.get("content"), str) and message["content"] else {**message}
+    )
 
 
 def _content(token: Any) -> str | None:

@@ -1,168 +1,130 @@
 """Attention over the paged cache: causal, grouped heads, every row's bits independent of everything else.
 
-Numeric contract. The keys of a sequence are walked in tiles of 64 and segments of 256, both at *absolute* positions.
-Within a segment a one-pass softmax state (m, l, o) is updated tile by tile; segments are merged in ascending order.
-Queries are packed into tiles of 16 rows, (token, head of the group) by (token, head), so that a decode step's one token
-and a prefill's many go through products of one shape, [16, D]·[D, 64] and [16, 64]·[64, D], in float32. A tile that is
-masked for a row leaves its state as it is, exactly. Hence prefill == decode == chunked == cache hit, in bits.
+Numeric contract. The keys of a sequence are taken in segments of 256 at *absolute* positions; each gives a softmax
+state (m, l, o), and states are merged in ascending order. A decode step's one token and a prefill's many go through
+products of one shape, 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a segment's
+state keep that: `segment_fused` is the library's one-pass kernel, always given 16 rows; `segment_tiled` walks tiles of
+64 keys in float32. `verify_invariance` tests a machine for it. Keys that a row may not see change no bit, unless they
+are its own sequence's later ones and not finite.
 
-This is the reference that the Triton kernels of a later issue must equal in order, and what the CPU runs.
 Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from kernels.attention_plan import ROWS, SEGMENT, TILE, AttentionPlan, Visit
 from kernels.shape import ShapeError, check_shape
 
-TILE = 64  # keys
-SEGMENT = 256  # keys, a multiple of TILE
-ROWS = 16  # query rows a tile
-MAX_ITEMS = 4_096  # products of one batch: bounds the memory of a long prefill
-
-State = tuple[Tensor, Tensor, Tensor]  # m [n, G, R, 1] running maximum, l [n, G, R, 1] sum, o [n, G, R, D] weighted sum
+State = tuple[Tensor, Tensor, Tensor]  # m [n, G, R] running maximum, l [n, G, R] sum, o [n, G, R, D] weighted sum
+Segment = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
 
 def paged_attention(
     query: Tensor,  # [T, H, D]
-    key_cache: Tensor,  # [N, P, G, D]  P divides TILE
-    value_cache: Tensor,  # [N, P, G, D]
-    block_table: Tensor,  # [S, M] int64  block ids; entries beyond a sequence's context are never read
-    sequence_of: Tensor,  # [T] int64  which sequence each token belongs to
-    position_of: Tensor,  # [T] int64  its absolute position; its own key is stored already
+    key_cache: Tensor,  # [N + 1, P, G, D]  same dtype; the last block is zero
+    value_cache: Tensor,  # [N + 1, P, G, D]
+    plan: AttentionPlan,  # of these T tokens and this layout
     scale: float,  # multiplies query·key before softmax
+    segment: Segment,
 ) -> Tensor:  # [T, H, D]
-    """Return the attention of each token over the keys at positions ≤ its own.
+    """Return the attention of each token over the keys at positions ≤ its own; its own key is stored already.
 
-    Token t reads the blocks that hold positions 0 … position_of[t] of its own sequence and nothing else of the pool.
+    Token t reads the blocks that hold positions 0 … its own of its own sequence and nothing else of the pool.
 
     Raises:
-        ShapeError: an argument disagrees with the shapes above, H is not a multiple of G, or P does not divide 64.
+        ShapeError: an argument disagrees with the shapes above.
 
     Cost: one pass over the keys and values of each sequence for every 16 rows (token, head of a group).
     """
     tokens, heads, size = query.shape
-    page, groups = key_cache.shape[1], key_cache.shape[2]
     check_shape("value_cache", value_cache, *key_cache.shape)
-    check_shape("sequence_of", sequence_of, tokens)
-    check_shape("position_of", position_of, tokens)
-    if heads % groups or key_cache.shape[3] != size or TILE % page or heads // groups > ROWS:
-        raise ShapeError(f"{heads} heads of {size} do not fit a cache of {list(key_cache.shape)}")
-    tiles = _pack(query, groups, sequence_of, position_of)
-    out = torch.empty_like(tiles.rows)
-    step = max(1, MAX_ITEMS // groups)
-    for begin in range(0, tiles.rows.shape[0], step):
-        part = slice(begin, begin + step)
-        out[part] = _attend(
-            tiles.rows[part], tiles.positions[part], block_table[tiles.sequence[part]], key_cache, value_cache, scale
-        )
-    return _unpack(out, tiles, heads).to(query.dtype)
-
-
-class _Tiles:
-    """Query rows in tiles of 16: each tile holds consecutive tokens of one sequence."""
-
-    def __init__(self, rows: Tensor, positions: Tensor, sequence: Tensor, place: Tensor) -> None:
-        self.rows = rows  # [n, G, R, D] float32
-        self.positions = positions  # [n, R]  −1 for padding: it attends to nothing
-        self.sequence = sequence  # [n]
-        self.place = place  # [T]  tile · tokens per tile + offset, of each token
-
-
-def _pack(query: Tensor, groups: int, sequence_of: Tensor, position_of: Tensor) -> _Tiles:
-    tokens, heads, size = query.shape
-    ratio = heads // groups
-    per_tile = ROWS // ratio
-    # A tile begins where the sequence changes, and after every `per_tile` tokens of one sequence.
-    index = torch.arange(tokens)
-    begins = torch.ones(tokens, dtype=torch.bool)
-    begins[1:] = sequence_of[1:] != sequence_of[:-1]
-    first = torch.where(begins, index, 0).cummax(0).values
-    offset = index - first
-    tile = ((offset % per_tile == 0).long().cumsum(0)) - 1
-    place = tile * per_tile + offset % per_tile
-    count = int(tile[-1]) + 1
-    rows = torch.zeros(count * per_tile, groups, ratio, size)
-    rows[place] = query.view(tokens, groups, ratio, size).float()
-    positions = torch.full((count * per_tile,), -1)
-    positions[place] = position_of
-    sequence = torch.zeros(count, dtype=torch.long)
-    sequence[tile] = sequence_of
-    packed = rows.view(count, per_tile, groups, ratio, size).transpose(1, 2).reshape(count, groups, -1, size)
-    wide = positions.view(count, per_tile).repeat_interleave(ratio, dim=1)
-    missing = ROWS - per_tile * ratio
-    if missing:
-        packed = torch.nn.functional.pad(packed, (0, 0, 0, missing))
-        wide = torch.nn.functional.pad(wide, (0, missing), value=-1)
-    return _Tiles(packed.contiguous(), wide, sequence, place)
-
-
-def _unpack(out: Tensor, tiles: _Tiles, heads: int) -> Tensor:
-    count, groups, _, size = out.shape
-    ratio = heads // groups
-    per_tile = ROWS // ratio
-    by_token = out[:, :, : per_tile * ratio].reshape(count, groups, per_tile, ratio, size).transpose(1, 2)
-    return by_token.reshape(count * per_tile, heads, size)[tiles.place]
-
-
-def _attend(
-    rows: Tensor,  # [n, G, R, D] float32
-    positions: Tensor,  # [n, R]
-    table: Tensor,  # [n, M]
-    key_cache: Tensor,
-    value_cache: Tensor,
-    scale: float,
-) -> Tensor:  # [n, G, R, D] float32
-    last = positions.amax(dim=1)  # [n] the last key that any row of the tile may see
-    total = _empty(rows)
-    for segment in range(0, int(last.max()) + 1, SEGMENT):
-        seen = (last >= segment).nonzero().squeeze(1)
-        state = _empty(rows[seen])
-        for start in range(segment, min(segment + SEGMENT, int(last.max()) + 1), TILE):
-            within = last[seen] >= start
-            some = seen[within]
-            keys = _gather(key_cache, table[some], start)
-            values = _gather(value_cache, table[some], start)
-            visible = positions[some][:, None, :, None] >= torch.arange(start, start + TILE)
-            updated = _update(tuple(part[within] for part in state), rows[some], keys, values, visible, scale)  # type: ignore[arg-type]
-            for part, new in zip(state, updated, strict=True):
-                part[within] = new
-        merged = merge_state(tuple(part[seen] for part in total), state)  # type: ignore[arg-type]
+    check_shape("place", plan.place, tokens)
+    if heads != plan.heads or key_cache.shape[2:] != (plan.groups, size):
+        raise ShapeError(f"{heads} heads of {size} do not fit the plan or a cache of {list(key_cache.shape)}")
+    tiles = _pack(query, plan)
+    if plan.single:
+        return _unpack(_visit(tiles, key_cache, value_cache, plan.visits[0], scale, segment)[0], plan)
+    total = _empty(tiles)
+    for visit in plan.visits:
+        out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment)
+        before: State = (total[0][visit.tiles], total[1][visit.tiles], total[2][visit.tiles])
+        merged = merge_state(before, (logsum, torch.isfinite(logsum).float(), out.float()))
         for part, new in zip(total, merged, strict=True):
-            part[seen] = new
-    _, sums, weighted = total
-    return weighted / torch.where(sums == 0, 1.0, sums)  # a padding row saw nothing
+            part[visit.tiles] = new
+    return _unpack((total[2] / total[1][..., None]).to(query.dtype), plan)
 
 
-def _empty(rows: Tensor) -> State:
-    narrow = rows[..., :1]
-    return torch.full_like(narrow, -torch.inf), torch.zeros_like(narrow), torch.zeros_like(rows)
+def _pack(query: Tensor, plan: AttentionPlan) -> Tensor:
+    """Return [n, G, R, D]; rows without a token are zero."""
+    tokens, _, size = query.shape
+    ratio, per_tile = plan.ratio, plan.tokens_per_tile
+    tiles = query.new_zeros(plan.tile_count, plan.groups, ROWS, size)
+    by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
+    by_token[plan.place // per_tile, :, plan.place % per_tile] = query.view(tokens, plan.groups, ratio, size)
+    return tiles
 
 
-def _gather(cache: Tensor, table: Tensor, start: int) -> Tensor:
-    """Return the 64 cached rows from position `start` on, [n, G, 64, D] float32."""
-    page, groups, size = cache.shape[1:]
-    blocks = table[:, start // page : (start + TILE) // page]
-    blocks = torch.nn.functional.pad(blocks, (0, TILE // page - blocks.shape[1]))  # beyond the table: masked below
-    return cache[blocks].view(len(table), TILE, groups, size).transpose(1, 2).float()
+def _unpack(tiles: Tensor, plan: AttentionPlan) -> Tensor:
+    size, ratio, per_tile = tiles.shape[-1], plan.ratio, plan.tokens_per_tile
+    by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
+    return by_token[plan.place // per_tile, :, plan.place % per_tile].reshape(-1, plan.heads, size)
 
 
-def _update(state: State, rows: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float) -> State:
-    """Return the state after one tile of keys."""
-    n, groups, _, size = rows.shape
-    scores = torch.bmm(rows.reshape(-1, ROWS, size), keys.reshape(-1, TILE, size).transpose(1, 2))
-    scores = (scores.view(n, groups, ROWS, TILE) * scale).masked_fill(~visible, -torch.inf)
+def _visit(
+    tiles: Tensor, key_cache: Tensor, value_cache: Tensor, visit: Visit, scale: float, segment: Segment
+) -> tuple[Tensor, Tensor]:
+    """Return a segment's attention [n, G, R, D] and the logarithm of its sum [n, G, R]; unseeing rows: 0, −∞."""
+    keys, values = (_gather(cache, visit) for cache in (key_cache, value_cache))
+    out, logsum = segment(tiles, keys, values, visit.mask, scale)
+    if visit.unseeing is not None:
+        out = out.masked_fill(visit.unseeing[..., None], 0.0)
+        logsum = logsum.masked_fill(visit.unseeing, -torch.inf)
+    return out, logsum
+
+
+def _gather(cache: Tensor, visit: Visit) -> Tensor:
+    groups, size = cache.shape[2:]
+    rows = cache.view(-1, groups * size).index_select(0, visit.slots)
+    return rows.view(-1, visit.keys, groups, size).transpose(1, 2)
+
+
+def segment_fused(
+    tiles: Tensor,  # [n, G, 16, D]
+    keys: Tensor,  # [n, G, K, D]
+    values: Tensor,  # [n, G, K, D]
+    mask: Tensor | None,  # [n, 1, 16, K]  0 or −∞, same dtype
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # [n, G, 16, D] same dtype, [n, G, 16] float32
+    """Return softmax(scale · q·kᵀ + mask)·v and the logarithm of each row's sum, by the library's one-pass kernel."""
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, logsum = fused(tiles, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+    return out, logsum
+
+
+def segment_tiled(
+    tiles: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the same in float32, tile of 64 keys by tile, rounded once: [16, D]·[D, 64] and [16, 64]·[64, D]."""
+    n, groups, _, size = tiles.shape
+    query = tiles.float().reshape(-1, ROWS, size)
+    state = _empty(tiles)
+    for start in range(0, keys.shape[2], TILE):
+        part = slice(start, start + TILE)
+        scores = torch.bmm(query, keys[:, :, part].float().reshape(-1, TILE, size).transpose(1, 2))
+        scores = scores.view(n, groups, ROWS, TILE) * scale
+        if mask is not None:
+            scores = scores + mask[..., part].float()
+        maximum = scores.amax(dim=-1)
+        weights = torch.exp(scores - _finite(maximum)[..., None])
+        weighted = torch.bmm(weights.view(-1, ROWS, TILE), values[:, :, part].float().reshape(-1, TILE, size))
+        state = merge_state(state, (maximum, weights.sum(dim=-1), weighted.view(n, groups, ROWS, size)))
     maximum, sums, weighted = state
-    new_maximum = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
-    shift = _finite(new_maximum)
-    weights = torch.exp(scores - shift)
-    decay = torch.exp(maximum - shift)
-    # What a masked slot holds, NaN included, must not reach the sum: 0 · NaN is not 0.
-    seen_values = values.masked_fill(~visible.any(dim=2)[..., None], 0.0)
-    product = torch.bmm(weights.view(-1, ROWS, TILE), seen_values.reshape(-1, TILE, size)).view_as(rows)
-    return new_maximum, sums * decay + weights.sum(dim=-1, keepdim=True), weighted * decay + product
+    return (weighted / sums[..., None]).to(tiles.dtype), maximum + sums.log()
 
 
 def merge_state(left: State, right: State) -> State:
@@ -170,7 +132,13 @@ def merge_state(left: State, right: State) -> State:
     maximum = torch.maximum(left[0], right[0])
     shift = _finite(maximum)
     before, after = torch.exp(left[0] - shift), torch.exp(right[0] - shift)
-    return maximum, left[1] * before + right[1] * after, left[2] * before + right[2] * after
+    weighted = left[2] * before[..., None] + right[2] * after[..., None]
+    return maximum, left[1] * before + right[1] * after, weighted
+
+
+def _empty(tiles: Tensor) -> State:
+    narrow = torch.zeros(tiles.shape[:-1])
+    return torch.full_like(narrow, -torch.inf), narrow, torch.zeros(tiles.shape)
 
 
 def _finite(maximum: Tensor) -> Tensor:
@@ -178,15 +146,52 @@ def _finite(maximum: Tensor) -> Tensor:
     return torch.where(torch.isneginf(maximum), 0.0, maximum)
 
 
+SEGMENTS: dict[str, Segment] = {"fused": segment_fused, "tiled": segment_tiled}  # the faster first
+
+
+def verify_invariance(segment: Segment, groups: int, size: int, dtype: torch.dtype) -> bool:
+    """Return whether `segment` gives a row of 16 the same bits here whatever stands beside it.
+
+    Tried: fewer tiles, other rows in the tile, the row elsewhere, keys cut off that it does not see, zeros in their
+    place, and no mask instead of an empty one.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tiles = torch.randn(33, groups, ROWS, size, generator=generator, dtype=dtype)
+    keys, values = (torch.randn(33, SEGMENT, groups, size, generator=generator, dtype=dtype) for _ in "kv")
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    seen = torch.randint(0, TILE, (33, 1, ROWS), generator=generator)
+    mask = torch.where(torch.arange(SEGMENT) <= seen[..., None], 0.0, -torch.inf).to(dtype)
+    scale = size**-0.5
+
+    def same(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> bool:
+        return torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
+
+    whole = segment(tiles, keys, values, mask, scale)
+    for part in (slice(0, 1), slice(5, 7), slice(32, 33), slice(3, 20)):
+        if not same(
+            segment(tiles[part], keys[part], values[part], mask[part], scale), (whole[0][part], whole[1][part])
+        ):
+            return False
+    for shift in (1, 7, 15):
+        moved = segment(tiles.roll(shift, 2), keys, values, mask.roll(shift, 2), scale)
+        if not same((moved[0].roll(-shift, 2), moved[1].roll(-shift, 2)), whole):
+            return False
+    beyond = torch.arange(SEGMENT)[:, None] >= TILE
+    short = segment(tiles, keys[:, :, :TILE], values[:, :, :TILE], mask[..., :TILE].contiguous(), scale)
+    zeroed = segment(tiles, keys.masked_fill(beyond, 0.0), values.masked_fill(beyond, 0.0), mask, scale)
+    open_mask = segment(tiles, keys, values, torch.zeros_like(mask), scale)
+    return same(short, whole) and same(zeroed, whole) and same(segment(tiles, keys, values, None, scale), open_mask)
+
+
 def paged_attention_reference(
-    query: Tensor,
-    key_cache: Tensor,
+    query: Tensor,  # [T, H, D]
+    key_cache: Tensor,  # [N + 1, P, G, D]
     value_cache: Tensor,
-    block_table: Tensor,
-    sequence_of: Tensor,
-    position_of: Tensor,
+    block_table: Tensor,  # [S, M] int64
+    sequence_of: Tensor,  # [T] int64
+    position_of: Tensor,  # [T] int64
     scale: float,
-) -> Tensor:
+) -> Tensor:  # [T, H, D]
     """Return the same, one token and head at a time, in float64."""
     page, groups = key_cache.shape[1], key_cache.shape[2]
     ratio = query.shape[1] // groups

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import UnsupportedModel
+from kernels.attention_plan import AttentionPlan
 from kernels.linear import Linear
-from kernels.paged_attention import paged_attention
+from kernels.paged_attention import Segment, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope_store import rope, store_kv
 from kernels.silu_mul import silu_mul
@@ -64,7 +65,9 @@ class DecoderConfig:
         family = ARCHITECTURES.get(architecture)
         if family is None:
             raise UnsupportedModel(f"`{architecture}` is not served; there are {', '.join(ARCHITECTURES)}")
+        _refuse_missing(values)
         _refuse_features(values, family)
+        _refuse_heads(values)
         rope_parameters = values.get("rope_parameters") or values.get("rope_scaling") or {}
         heads = values["num_attention_heads"]
         return cls(
@@ -104,6 +107,34 @@ class DecoderConfig:
         ]
 
 
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+def _refuse_missing(values: Mapping[str, Any]) -> None:
+    for name in _REQUIRED:
+        if type(values.get(name)) is not int or values[name] < 1:
+            raise UnsupportedModel(f"`{name}` of `config.json` must be a whole number of at least 1")
+    if not isinstance(values.get("rms_norm_eps"), float):
+        raise UnsupportedModel("`rms_norm_eps` of `config.json` must be a number")
+
+
+def _refuse_heads(values: Mapping[str, Any]) -> None:
+    heads = values["num_attention_heads"]
+    groups = values.get("num_key_value_heads") or heads
+    size = values.get("head_dim") or values["hidden_size"] // heads
+    if heads % groups or heads // groups > ROWS:
+        raise UnsupportedModel(f"`num_key_value_heads` must divide `num_attention_heads`, into at most {ROWS} each")
+    if size % 2:
+        raise UnsupportedModel(f"`head_dim` of {size} is odd; rotary positions need an even one")
+
+
 def _refuse_features(values: Mapping[str, Any], family: str) -> None:
     if values.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel("`hidden_act` is not `silu`")
@@ -113,6 +144,9 @@ def _refuse_features(values: Mapping[str, Any], family: str) -> None:
     uses_window = family == "mistral" or values.get("use_sliding_window")
     if uses_window and window is not None and window < values["max_position_embeddings"]:
         raise UnsupportedModel(f"`sliding_window` of {window} is shorter than the context and is not served")
+    rotary = values.get("rope_parameters") or {}
+    if rotary.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModel("`partial_rotary_factor` is not served")
     if values.get("mlp_bias") or (values.get("attention_bias") and family != "qwen2"):
         raise UnsupportedModel("`mlp_bias` and `attention_bias` are not served")
 
@@ -124,6 +158,9 @@ def _scaling(parameters: Mapping[str, Any]) -> Mapping[str, float] | None:
     if kind != "llama3":
         raise UnsupportedModel(f"`rope_type` `{kind}` is not served")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    missing = [name for name in names if not isinstance(parameters.get(name), int | float)]
+    if missing:
+        raise UnsupportedModel(f"`rope_type` `llama3` needs `{missing[0]}` in `config.json`")
     return {name: float(parameters[name]) for name in names}
 
 
@@ -146,20 +183,19 @@ def inverse_frequencies(config: DecoderConfig) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The tensors of one step. T tokens, S sequences."""
+    """The tensors of one step. T tokens."""
 
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    sequence_of: Tensor  # [T] int64
-    block_table: Tensor  # [S, M] int64
-    slots: Tensor  # [T] int64
+    slots: Tensor  # [T] int64  where each token's key and value go
+    attention: AttentionPlan
     sampled: Tensor  # [R] int64  which tokens' logits are wanted
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    key: Tensor  # [N, P, G, D]
-    value: Tensor  # [N, P, G, D]
+    key: Tensor  # [N + 1, P, G, D]  the last block is zero and nobody's
+    value: Tensor  # [N + 1, P, G, D]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +216,13 @@ class Layer:
 class Decoder:
     """The parameters, and the arithmetic from tokens to logits."""
 
-    def __init__(self, config: DecoderConfig, parameters: Mapping[str, Tensor], linear: Linear) -> None:
+    def __init__(
+        self, config: DecoderConfig, parameters: Mapping[str, Tensor], linear: Linear, segment: Segment
+    ) -> None:
         """Take the parameters by their Hugging Face names; weights.py has checked that they are exactly these."""
         self.config = config
         self._linear = linear
+        self._segment = segment
         self._embedding = parameters["model.embed_tokens.weight"]
         self._layers = [_layer(config, parameters, index) for index in range(config.num_hidden_layers)]
         self._norm = parameters["model.norm.weight"]
@@ -225,10 +264,9 @@ class Decoder:
             rope(query, cos, sin),
             cache.key,
             cache.value,
-            inputs.block_table,
-            inputs.sequence_of,
-            inputs.positions,
+            inputs.attention,
             config.head_dim**-0.5,
+            self._segment,
         )
         return self._linear(attended.reshape(tokens, -1), layer.o, None)
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from engine.core import EngineCore
-from engine.model_runner import LinearByShape, ModelRunner, choose_linears
+from engine.model_runner import LinearByShape, ModelRunner, choose_linears, choose_segment
 from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs, parameter_shapes
 from engine.plan import BLOCK_SIZE
 from engine.weights import load_parameters, read_json
+from kernels.attention_plan import plan_attention
+from kernels.paged_attention import SEGMENTS
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import Ticks, make_limits
 
@@ -35,7 +37,7 @@ def load_model(directory: Path) -> LoadedModel:
     config = DecoderConfig.from_json(read_json(directory, "config.json"))
     linears = choose_linears(config, MOST_ROWS)
     parameters = load_parameters(directory, parameter_shapes(config))
-    return LoadedModel(Decoder(config, parameters, LinearByShape(linears)), linears)
+    return LoadedModel(Decoder(config, parameters, LinearByShape(linears), SEGMENTS[choose_segment(config)]), linears)
 
 
 def model_core(model: LoadedModel, blocks: int = 256, **limits: int) -> EngineCore:
@@ -63,15 +65,28 @@ def logits_of(model: LoadedModel, prompts: list[list[int]]) -> list[torch.Tensor
     positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
     tokens = torch.tensor([token for prompt in prompts for token in prompt])
     slots = table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-    inputs = StepInputs(tokens, positions, sequence, table, slots, torch.arange(len(tokens)))
+    config = model.config
+    attention = plan_attention(
+        table,
+        sequence,
+        positions,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        BLOCK_SIZE,
+        zero_slot=first * BLOCK_SIZE,
+    )
+    inputs = StepInputs(tokens, positions, slots, attention, torch.arange(len(tokens)))
     logits = model.decoder.forward(inputs, _caches(model.config, first))
     return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 
 
 def _caches(config: DecoderConfig, blocks: int) -> list[KVCache]:
-    """Return caches full of NaN: what is read without having been written shows."""
-    shape = (blocks, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
-    return [
-        KVCache(torch.full(shape, torch.nan, dtype=torch.bfloat16), torch.full(shape, torch.nan, dtype=torch.bfloat16))
-        for _ in range(config.num_hidden_layers)
-    ]
+    """Return caches full of NaN, the zero block aside: what is read without having been written shows."""
+    shape = (blocks + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+    return [KVCache(_poisoned(shape), _poisoned(shape)) for _ in range(config.num_hidden_layers)]
+
+
+def _poisoned(shape: tuple[int, ...]) -> torch.Tensor:
+    cache = torch.full(shape, torch.nan, dtype=torch.bfloat16)
+    cache[-1] = 0
+    return cache

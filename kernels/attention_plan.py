@@ -1,0 +1,121 @@
+"""What attention reads in a step, worked out once for all layers: query tiles, and the slots and masks of each segment.
+
+Queries are packed into tiles of 16 rows, (token, head of the group) by (token, head); a tile holds consecutive tokens
+of one sequence. Its keys are visited in segments of 256 at absolute positions. A key that no row of the tile may see is
+replaced by the zero slot: the last block of the cache, which belongs to nobody, so that nothing unwritten is ever read.
+Knows no query, key or value. Source: Kwon et al., SOSP 2023 (block tables).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.shape import ShapeError, check_shape
+
+TILE = 64  # keys
+SEGMENT = 256  # keys, a multiple of TILE
+ROWS = 16  # query rows of a tile
+MAX_TILES = 64  # of one product: bounds the memory of a long prefill
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """Some tiles at one segment: n tiles, K keys."""
+
+    tiles: Tensor  # [n] int64
+    slots: Tensor  # [n · K] int64  where the keys lie, block · P + offset
+    keys: int  # K, a multiple of TILE, ≤ SEGMENT
+    mask: Tensor | None  # [n, 1, R, K] bfloat16, 0 or −∞; None: every row sees every key
+    unseeing: Tensor | None  # [n, 1, R] bool, rows that see no key here; None: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    heads: int
+    groups: int
+    place: Tensor  # [T] int64  tile · tokens per tile + offset, of each token
+    tile_count: int
+    visits: tuple[Visit, ...]  # of each tile in ascending order of segments
+    single: bool  # one visit, of all tiles: nothing is to be merged
+
+    @property
+    def ratio(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return ROWS // self.ratio
+
+
+def plan_attention(
+    block_table: Tensor,  # [S, M] int64  block ids; entries beyond a sequence's context are never used
+    sequence_of: Tensor,  # [T] int64  which sequence each token belongs to, in runs
+    position_of: Tensor,  # [T] int64  its absolute position, ascending by one within a run
+    heads: int,  # H
+    groups: int,  # G, divides H; H / G ≤ 16
+    page: int,  # P, tokens of a block
+    zero_slot: int,  # a slot that holds zeros for ever
+) -> AttentionPlan:
+    """Return the plan of a step for every layer whose cache has this layout.
+
+    Raises:
+        ShapeError: an argument disagrees with the shapes above.
+    """
+    tokens = sequence_of.shape[0]
+    check_shape("position_of", position_of, tokens)
+    if tokens < 1 or groups < 1 or heads % groups or heads // groups > ROWS:
+        raise ShapeError(f"{tokens} tokens, {heads} heads in {groups} groups: at most {ROWS} heads a group")
+    ratio = heads // groups
+    per_tile = ROWS // ratio
+    place = _place(sequence_of, per_tile)
+    count = int(place[-1]) // per_tile + 1
+    starts = torch.zeros(count, dtype=torch.long)
+    starts[place[place % per_tile == 0] // per_tile] = position_of[place % per_tile == 0]
+    positions = starts.repeat_interleave(per_tile)  # a padding row sees what the tile's first row sees
+    positions[place] = position_of
+    sequence = torch.zeros(count, dtype=torch.long)
+    sequence[place // per_tile] = sequence_of
+    rows = positions.view(count, per_tile).repeat_interleave(ratio, dim=1)
+    rows = torch.cat((rows, rows[:, :1].expand(-1, ROWS - per_tile * ratio)), dim=1)
+    visits = tuple(_visits(rows, block_table[sequence], page, zero_slot))
+    return AttentionPlan(heads, groups, place, count, visits, len(visits) == 1)
+
+
+def _place(sequence_of: Tensor, per_tile: int) -> Tensor:
+    """A tile begins where the sequence changes, and after every `per_tile` tokens of one sequence."""
+    index = torch.arange(len(sequence_of))
+    begins = torch.ones(len(sequence_of), dtype=torch.bool)
+    begins[1:] = sequence_of[1:] != sequence_of[:-1]
+    offset = index - torch.where(begins, index, 0).cummax(0).values
+    tile = (offset % per_tile == 0).long().cumsum(0) - 1
+    return tile * per_tile + offset % per_tile
+
+
+def _visits(rows: Tensor, table: Tensor, page: int, zero_slot: int) -> Iterator[Visit]:
+    """Rows are positions [tiles, R]; table [tiles, M] holds the blocks of each tile's sequence."""
+    first, last = rows.amin(dim=1), rows.amax(dim=1)
+    for start in range(0, int(last.max()) + 1, SEGMENT):
+        reached = last >= start
+        whole = reached & (first >= start + SEGMENT - 1)
+        for chosen in (whole, reached & ~whole):
+            for tiles in torch.split(chosen.nonzero().squeeze(1), MAX_TILES):
+                if len(tiles):
+                    yield _visit(tiles, start, rows[tiles], table[tiles], page, zero_slot)
+
+
+def _visit(tiles: Tensor, start: int, rows: Tensor, table: Tensor, page: int, zero_slot: int) -> Visit:
+    last = rows.amax(dim=1)
+    keys = min(SEGMENT, -(-(int(last.max()) + 1 - start) // TILE) * TILE)
+    at = torch.arange(start, start + keys)
+    column = (at // page).clamp(max=table.shape[1] - 1)  # beyond the table nothing is visible
+    slots = torch.where(at <= last[:, None], table[:, column] * page + at % page, zero_slot)
+    visible = at <= rows[..., None]  # [n, R, K]
+    if bool(visible.all()):
+        return Visit(tiles, slots.reshape(-1), keys, None, None)
+    unseeing = (rows < start)[:, None, :]
+    mask = torch.where(visible | (rows < start)[..., None], 0.0, -torch.inf)[:, None].to(torch.bfloat16)
+    return Visit(tiles, slots.reshape(-1), keys, mask, unseeing if bool(unseeing.any()) else None)
