@@ -156,8 +156,13 @@ def _national_lengths(code: int) -> frozenset[int]:
             if nongeographic
             else PhoneMetadata.metadata_for_region(region)
         )
-        found.update(metadata.general_desc.possible_length if metadata is not None else ())
+        found.update(_possible_lengths(metadata))
     return frozenset(found)
+
+
+def _possible_lengths(metadata: PhoneMetadata | None) -> tuple[int, ...]:
+    description = None if metadata is None else metadata.general_desc
+    return () if description is None else tuple(description.possible_length)
 
 
 def _is_phone(text: str, region: str | None) -> bool:

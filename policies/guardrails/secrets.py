@@ -120,7 +120,7 @@ def _looks_drawn(value: str) -> bool:
     core = value.rstrip(".,;:!?)]}>")
     if len(core) < MIN_PASSWORD or len(set(core)) < 5 or not any(map(str.isalpha, core)):
         return False
-    return any(c.isdigit() or c in _SYMBOLS for c in core) or any(map(str.isupper, core[1:])) and not core.isupper()
+    return any(c.isdigit() or c in _SYMBOLS for c in core) or (any(map(str.isupper, core[1:])) and not core.isupper())
 
 
 ENTITIES = (
