@@ -14,9 +14,9 @@ import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date, time
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from policies.decision import Action, LimitKind, Stage, StreamingMode
 from policies.guardrails.detectors import DETECTORS, longest_span
 
-MAX_DOCUMENT_BYTES = 1 << 20
+MAX_DOCUMENT_BYTES = 1 << 18  # PyYAML reads some 100 KB a second
 MAX_DEPTH = 16
 API_VERSION = "policy/v1"
 FLOOR_TENANT = "*"  # whose policy is every tenant's floor
@@ -51,13 +51,21 @@ class PolicyInvalid(ValueError):
         self.findings = findings
 
 
+_DECIMAL = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,6})?")
+
+
 def _decimal(value: object) -> object:
     if isinstance(value, str):
-        try:
-            return Decimal(value)
-        except InvalidOperation as error:
-            raise ValueError('must be a decimal in quotes, such as "0.7"') from error
+        if _DECIMAL.fullmatch(value) is None:
+            raise ValueError('must be a decimal in quotes, such as "0.7"')
+        return Decimal(value)
     raise ValueError('must be a decimal in quotes, such as "0.7": a bare number has no one text')
+
+
+def _action(value: object) -> object:
+    if value == "pseudonymise":
+        raise ValueError("`pseudonymise` is not supported yet; use `redact`")
+    return value
 
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
@@ -78,7 +86,7 @@ ACTIONS = frozenset({"chat.completions", "completions"})
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Purpose(_Part):
@@ -135,8 +143,12 @@ class MaxTokens(_Part):
     default: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
-class MaxDecimal(_Part):
-    max: DecimalText
+class MaxTemperature(_Part):
+    max: Annotated[DecimalText, Field(ge=0, le=2)]
+
+
+class MaxTopP(_Part):
+    max: Annotated[DecimalText, Field(gt=0, le=1)]
 
 
 class MaxChoices(_Part):
@@ -145,8 +157,8 @@ class MaxChoices(_Part):
 
 class Params(_Part):
     max_output_tokens: MaxTokens | None = None
-    temperature: MaxDecimal | None = None
-    top_p: MaxDecimal | None = None
+    temperature: MaxTemperature | None = None
+    top_p: MaxTopP | None = None
     n: MaxChoices | None = None
     on_excess: Literal["reject", "clamp"] = "reject"
 
@@ -174,7 +186,7 @@ class Streaming(_Part):
 class Guardrail(_Part):
     detector: Name
     stage: Stage
-    action: Action
+    action: Annotated[Action, BeforeValidator(_action)]
     entities: tuple[Name, ...] = ()
     on_error: Literal["block"] = "block"
     streaming: Streaming | None = None
@@ -223,7 +235,7 @@ class _StrictLoader(yaml.SafeLoader):
             raise PolicyInvalid([Finding(_line(event), "aliases are not allowed; write it out")])
         if getattr(event, "anchor", None) is not None:
             raise PolicyInvalid([Finding(_line(event), "anchors are not allowed; write it out")])
-        if getattr(event, "tag", None) not in (None, "!"):
+        if getattr(event, "tag", None) is not None:
             raise PolicyInvalid([Finding(_line(event), "tags are not allowed")])
         self._depth = getattr(self, "_depth", 0) + 1
         if self._depth > MAX_DEPTH:
@@ -270,7 +282,9 @@ def parse_policy(text: str) -> PolicyDocument:
         raise PolicyInvalid([Finding("document", f"longer than {MAX_DOCUMENT_BYTES} bytes")])
     try:
         value = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader, and stricter
-    except yaml.YAMLError as error:
+    except PolicyInvalid:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}" if mark is not None else "document"
         raise PolicyInvalid([Finding(where, "not well-formed YAML")]) from error
@@ -295,7 +309,7 @@ def _finding(error: Any) -> Finding:
     path = ""
     for step in error["loc"]:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
-    return Finding(path or "document", str(error["msg"]))
+    return Finding(path or "document", str(error["msg"]).removeprefix("Value error, "))
 
 
 # --- checking: every name that is referred to is defined, every allow says who and which model ---
@@ -319,6 +333,9 @@ def _check(document: PolicyDocument) -> Iterator[Finding]:
         tokens = params.max_output_tokens
         if tokens is not None and tokens.default is not None and tokens.default > tokens.max:
             yield Finding(f"params.{name}.max_output_tokens.default", "is above `max`")
+    for name, record in document.records.items():
+        if period_days(record.hot) > period_days(record.retain):
+            yield Finding(f"records.{name}.hot", "is longer than `retain`")
     for name, model in document.models.items():
         if _date(model.expires) is None:
             yield Finding(f"models.{name}.expires", "is not a date")
@@ -352,6 +369,8 @@ def _check_rule(document: PolicyDocument, rule: Rule, path: str) -> Iterator[Fin
         ("with.record", (rule.with_.record,) if rule.with_.record else (), document.records),
     ]
     for where, names, known in defined:
+        if where == "when.models_any" and document.tenant == FLOOR_TENANT:
+            continue  # a floor denies models that it does not define
         for name in names:
             if name not in known:  # type: ignore[operator]
                 yield Finding(f"{path}.{where}", f"`{name}` is not defined")
@@ -382,19 +401,28 @@ def _check_guardrail(guardrail: Guardrail, path: str) -> Iterator[Finding]:
 
 
 def warnings(document: PolicyDocument, today: date) -> list[Finding]:
-    """Return what is allowed and probably not meant: a deny that can never match, an approval that has expired."""
-    found = []
-    classes = {name for purpose in document.purposes for name in purpose.data_classes}
-    for position, rule in enumerate(document.rules):
-        wanted = set(rule.when.data_classes_any or ())
-        if wanted and not wanted & classes:
-            found.append(Finding(f"rules[{position}].when.data_classes_any", "no purpose has these data classes: the "
-                                 "rule can never match"))  # fmt: skip
+    """Return what is allowed and probably not meant: a rule that can never match, an approval that has expired."""
+    found = [
+        Finding(
+            f"rules[{position}].when.data_classes_any", "no purpose has these data classes: the rule can never match"
+        )
+        for position, rule in enumerate(document.rules)
+        if document.tenant != FLOOR_TENANT and _never_matches(document, rule.when)
+    ]
     for name, model in document.models.items():
         expires = _date(model.expires)
         if expires is not None and expires < today:
             found.append(Finding(f"models.{name}.expires", "the approval has expired: the model is denied"))
     return found
+
+
+def _never_matches(document: PolicyDocument, when: When) -> bool:
+    """Say whether no purpose that the rule takes has a data class that it asks for."""
+    if when.data_classes_any is None:
+        return False
+    wanted = set(when.data_classes_any)
+    taken = [p for p in document.purposes if when.purposes_any is None or p.id in when.purposes_any]
+    return all(wanted.isdisjoint(purpose.data_classes) for purpose in taken)
 
 
 def _date(text: str) -> date | None:
@@ -413,7 +441,6 @@ class EffectivePolicy:
 
     floor: PolicyDocument | None
     document: PolicyDocument
-    warnings: tuple[Finding, ...] = field(default=(), compare=False)
 
     @cached_property
     def digest(self) -> str:
@@ -434,12 +461,14 @@ class EffectivePolicy:
 def compose(floor: PolicyDocument | None, document: PolicyDocument) -> EffectivePolicy:
     """Join a tenant's document with the floor. The floor's denies and obligations hold for every request as well.
 
-    A tenant may only tighten: where it says something about a limit, a parameter or a record class that the floor
-    names too, it may not say more.
+    A tenant may only tighten: where it says something about a limit, a parameter, a purpose or a record class that the
+    floor names too, it may not say more.
 
     Raises:
-        PolicyInvalid: it loosens; each finding carries the path of the offence.
+        PolicyInvalid: it loosens; each finding carries the path of the offence. Or the floor cannot be one.
     """
+    if floor is not None:
+        check_floor(floor)
     findings = [] if floor is None else list(_loosenings(floor, document))
     if floor is None and document.extends is not None:
         findings.append(Finding("extends", f"there is no floor `{document.extends}`"))
@@ -465,6 +494,12 @@ def _loosenings(floor: PolicyDocument, document: PolicyDocument) -> Iterator[Fin
         for kept in floor.records.values():
             if period_days(record.retain) < period_days(kept.retain):
                 yield Finding(f"records.{name}.retain", f"is shorter than the floor's {kept.retain}")
+            if period_days(record.hot) < period_days(kept.hot):
+                yield Finding(f"records.{name}.hot", f"is shorter than the floor's {kept.hot}")
+    floors = {purpose.id: set(purpose.data_classes) for purpose in floor.purposes}
+    for position, purpose in enumerate(document.purposes):
+        for missing in sorted(floors.get(purpose.id, set()) - set(purpose.data_classes)):
+            yield Finding(f"purposes[{position}].data_classes", f"leaves out `{missing}`, which the floor gives it")
 
 
 def _more_params(params: Params, own: Params, path: str) -> Iterator[Finding]:
@@ -488,6 +523,8 @@ def check_floor(floor: PolicyDocument) -> None:
         for position, rule in enumerate(floor.rules)
         if rule.effect == "allow"
     ]
+    if floor.tenant != FLOOR_TENANT:
+        findings.append(Finding("tenant", f"a floor is the policy of tenant `{FLOOR_TENANT}`"))
     if floor.models:
         findings.append(Finding("models", "models are approved for tenants, not in the floor"))
     if floor.extends is not None:

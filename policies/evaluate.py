@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from datetime import date, datetime
+from dataclasses import dataclass, replace
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
 from typing import TypeVar
@@ -40,6 +40,7 @@ from policies.document import (
     Hours,
     Limits,
     Params,
+    PolicyDocument,
     RecordClass,
     Rule,
     When,
@@ -50,6 +51,7 @@ from policies.request import AccessRequest, RequestedParams
 
 DEFAULT_TEMPERATURE = Decimal(1)  # OpenAI's defaults
 DEFAULT_TOP_P = Decimal(1)
+_UTC = timedelta(0)
 
 Number = TypeVar("Number", int, Decimal)
 
@@ -72,6 +74,7 @@ class _CompiledRule:
     id: str
     reason: str
     conditions: tuple[Condition, ...]  # cheap ones first
+    but_for_model: tuple[Condition, ...]  # the same without the one on the model
     rule: Rule
 
 
@@ -118,15 +121,28 @@ def _compile_policy(policy: EffectivePolicy) -> _Compiled:
         digest=policy.digest,
         denies=tuple(rule for rule in rules if rule.rule.effect == "deny"),
         allows=tuple(rule for rule in rules if rule.rule.effect == "allow"),
-        classes={
-            purpose.id: frozenset(purpose.data_classes) for document in documents for purpose in document.purposes
-        },
+        classes=_data_classes(documents),
         obligations={},
     )
 
 
+def _data_classes(documents: Iterable[PolicyDocument]) -> dict[str, frozenset[str]]:
+    """Return each purpose's data classes; where the floor defines it too, a tenant cannot take any away."""
+    classes: dict[str, frozenset[str]] = {}
+    for document in documents:
+        for purpose in document.purposes:
+            classes[purpose.id] = classes.get(purpose.id, frozenset()) | frozenset(purpose.data_classes)
+    return classes
+
+
 def _compile(rule: Rule) -> _CompiledRule:
-    return _CompiledRule(rule.id, rule.reason or "rule", tuple(_conditions(rule.when)), rule)
+    return _CompiledRule(
+        id=rule.id,
+        reason=rule.reason or "rule",
+        conditions=tuple(_conditions(rule.when)),
+        but_for_model=tuple(_conditions(rule.when.model_copy(update={"models_any": None}))),
+        rule=rule,
+    )
 
 
 def _conditions(when: When) -> Iterable[Condition]:
@@ -193,6 +209,8 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
 
 
 def _decide(request: AccessRequest, compiled: _Compiled, loaded: frozenset[str]) -> Decision:
+    if request.at.utcoffset() != _UTC:
+        raise ValueError("a request's moment is in UTC")
     if request.principal.tenant != compiled.policy.tenant:
         return Decision.deny(DeniedBy.RULE, compiled.digest, Reason("other_tenant"))
     classes = compiled.classes.get(request.purpose or "", frozenset())
@@ -233,8 +251,7 @@ def _matches(rule: _CompiledRule, request: AccessRequest, classes: frozenset[str
 def _nothing_allows(request: AccessRequest, compiled: _Compiled, classes: frozenset[str]) -> Decision:
     """Default deny. If only the model stands in the way, say so: unknown and disallowed models get one answer."""
     but_for_model = any(
-        all(c(request, classes) for c in _conditions(rule.rule.when.model_copy(update={"models_any": None})))
-        for rule in compiled.allows
+        all(condition(request, classes) for condition in rule.but_for_model) for rule in compiled.allows
     )
     by = DeniedBy.MODEL if but_for_model else DeniedBy.RULE
     return Decision.deny(by, compiled.digest, Reason("model_not_allowed" if but_for_model else "default_deny"))
@@ -306,11 +323,13 @@ def _strictest_limits(limits: dict[str, Limits]) -> tuple[LimitSpec, ...]:
 
 
 def _longest_kept(records: dict[str, RecordClass]) -> RecordSpec | None:
+    """Return the class that is kept longest, hot for as long as any of them is."""
     kept = [
         RecordSpec(name, record.content, period_days(record.retain), period_days(record.hot))
         for name, record in sorted(records.items())
     ]
-    return max(kept, key=lambda record: (record.retain_days, record.hot_days), default=None)
+    longest = max(kept, key=lambda record: record.retain_days, default=None)
+    return None if longest is None else replace(longest, hot_days=max(record.hot_days for record in kept))
 
 
 def _grant(
@@ -318,16 +337,16 @@ def _grant(
 ) -> tuple[GrantedParams, tuple[Adjustment, ...], str | None]:
     """Return what is granted, what was clamped, and the first parameter that is rejected, if one is.
 
-    What the caller left open gets its default, or the bound where that is lower: nothing was asked, nothing exceeded.
+    Each bound says itself what exceeding it does: one that rejects is not softened by another that clamps, and one that
+    clamps is not hardened by one that was kept. What the caller left open gets its default, or the bound where that is
+    lower: nothing was asked, nothing exceeded.
     """
     tokens = [bound.max_output_tokens for bound in bounds if bound.max_output_tokens]
     temperatures = [bound.temperature.max for bound in bounds if bound.temperature]
     top_ps = [bound.top_p.max for bound in bounds if bound.top_p]
-    defaults = [bound.default or bound.max for bound in tokens]
+    default = min((bound.default or bound.max for bound in tokens), default=None)
     granted = GrantedParams(
-        max_tokens=_least(asked.max_tokens, [b.max for b in tokens])
-        if asked.max_tokens
-        else min(defaults, default=None),
+        max_tokens=default if asked.max_tokens is None else _least(asked.max_tokens, [b.max for b in tokens]),
         temperature=_least(DEFAULT_TEMPERATURE if asked.temperature is None else asked.temperature, temperatures),
         top_p=_least(DEFAULT_TOP_P if asked.top_p is None else asked.top_p, top_ps),
         n=_least(asked.n, [bound.n.max for bound in bounds if bound.n]),
@@ -337,8 +356,16 @@ def _grant(
         for name in ("max_tokens", "temperature", "top_p", "n")
         if (old := getattr(asked, name)) is not None and old != getattr(granted, name)
     )
-    rejects = any(bound.on_excess == "reject" for bound in bounds)
-    return granted, adjustments, adjustments[0].param if adjustments and rejects else None
+    rejected = next((a.param for a in adjustments if _rejects(getattr(asked, a.param), a.param, bounds)), None)
+    return granted, adjustments, rejected
+
+
+_MEMBERS = {"max_tokens": "max_output_tokens", "temperature": "temperature", "top_p": "top_p", "n": "n"}
+
+
+def _rejects(asked: int | Decimal, param: str, bounds: tuple[Params, ...]) -> bool:
+    own = [(getattr(bound, _MEMBERS[param]), bound.on_excess) for bound in bounds]
+    return any(bound is not None and asked > bound.max and on_excess == "reject" for bound, on_excess in own)
 
 
 def _least(value: Number, maxima: list[Number]) -> Number:

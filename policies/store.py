@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import Lock
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -26,9 +27,12 @@ from policies.document import (
 )
 from policies.tables import policy_version, tenant_state
 
+MAX_SNAPSHOTS = 4_096  # tenants whose policy is kept in memory
+
 # PolicyStoreError      catch this
 # ├── StaleGeneration   somebody changed it since; read it again
 # ├── NoSuchVersion     there is no such version
+# ├── VersionDamaged    its text in the database is not what was stored; nothing is served by it
 # └── AlreadySo         it is active, suspended or resumed already
 
 
@@ -42,6 +46,10 @@ class StaleGeneration(PolicyStoreError):
 
 class NoSuchVersion(PolicyStoreError):
     """There is no such version."""
+
+
+class VersionDamaged(PolicyStoreError):
+    """A stored version's text does not have its digest."""
 
 
 class AlreadySo(PolicyStoreError):
@@ -72,7 +80,9 @@ class PolicyStore:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._lock = Lock()
         self._snapshots: dict[str, tuple[EffectivePolicy | None, bool]] = {}
+        self._epoch = 0  # counts invalidations
 
     # --- what holds now: no I/O after the first time ---
 
@@ -85,18 +95,26 @@ class PolicyStore:
 
     def invalidate(self, tenant: str) -> None:
         """Read anew after a change; a change of the floor concerns everybody."""
-        if tenant == FLOOR_TENANT:
-            self._snapshots = {}
-        else:
-            self._snapshots = {name: held for name, held in self._snapshots.items() if name != tenant}
+        with self._lock:
+            self._epoch += 1
+            kept = {} if tenant == FLOOR_TENANT else self._snapshots
+            self._snapshots = {name: held for name, held in kept.items() if name != tenant}
 
     def _snapshot(self, tenant: str) -> tuple[EffectivePolicy | None, bool]:
         held = self._snapshots.get(tenant)
         if held is None:
+            epoch = self._epoch
             with self._engine.connect() as connection:
                 held = _effective(connection, tenant), state(connection, tenant).suspended
-            self._snapshots = {**self._snapshots, tenant: held}
+            self._keep(tenant, held, epoch)
         return held
+
+    def _keep(self, tenant: str, held: tuple[EffectivePolicy | None, bool], epoch: int) -> None:
+        """Keep what was read, unless a change came in while it was: else what is no more would hold for ever."""
+        with self._lock:
+            if self._epoch == epoch:
+                kept = self._snapshots if len(self._snapshots) < MAX_SNAPSHOTS else {}
+                self._snapshots = {**kept, tenant: held}
 
     # --- for administrators ---
 
@@ -254,10 +272,13 @@ def _effective(connection: Connection, tenant: str) -> EffectivePolicy | None:
 
 
 def _stored(row: object) -> StoredVersion:
+    text: str = row.document  # type: ignore[attr-defined]
+    if "sha256:" + hashlib.sha256(text.encode()).hexdigest() != row.digest:  # type: ignore[attr-defined]
+        raise VersionDamaged("a stored policy version was changed outside of the gateway; restore the database")
     return StoredVersion(
         tenant=row.tenant,  # type: ignore[attr-defined]
         version=row.version,  # type: ignore[attr-defined]
-        document=read_document(json.loads(row.document)),  # type: ignore[attr-defined]
+        document=read_document(json.loads(text)),
         digest=row.digest,  # type: ignore[attr-defined]
         author=row.author,  # type: ignore[attr-defined]
         reason=row.reason,  # type: ignore[attr-defined]

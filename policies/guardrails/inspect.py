@@ -1,9 +1,10 @@
 """Inspection: guardrails over a prompt at once, and over an answer while it streams.
 
 Streaming keeps one rule: *delivered ≤ scanned*. The last `hold_chars` characters are held, because a match may still
-begin or end in them. Every finder is local (pattern.py): once `longest` characters after a start are known, what
-starts there is final. So the released text is the same however the answer was cut into chunks, and a number that is
-split over any two of them never leaves.
+begin or end in them. Every finder is local (pattern.py): once `longest` characters from a start on are known, what
+starts there is final, and only what is final is released or acted upon. So the released text is the same however the
+answer was cut into chunks, a number that is split over any two of them never leaves, and a finding that blocks lets
+out what stood before it and nothing of itself.
 
 Matches that overlap are one finding with one marker. "Not run" is never "passed": an answer that ends early was
 scanned as far as it goes, and says so.
@@ -19,6 +20,7 @@ from enum import StrEnum
 from policies.decision import Action, GuardrailSpec, Stage, StreamingMode
 from policies.guardrails.detectors import longest_span, prefilter
 from policies.guardrails.fold import fold
+from policies.guardrails.pattern import CONTEXT
 
 
 class Outcome(StrEnum):
@@ -75,40 +77,73 @@ def inspect_input(text: str, specs: Sequence[GuardrailSpec]) -> InputInspection:
 
 
 class OutputInspector:
-    """One choice's output guardrails. Text goes in as it is generated; what may leave comes out."""
+    """One choice's output guardrails. Text goes in as it is generated; what may leave comes out.
+
+    Guardrails that only flag look at the same text in a stream of their own, so that they delay nothing.
+    """
 
     def __init__(self, specs: Iterable[GuardrailSpec]) -> None:
-        self._specs = [spec for spec in specs if spec.stage is Stage.OUTPUT]
-        self._hold_all = any(spec.mode is StreamingMode.HOLD_ALL for spec in self._specs)
-        self._hold = max((_hold(spec) for spec in self._specs), default=0)
-        self._context = ""  # the last released characters: what a finder looks at before a start
+        own = [spec for spec in specs if spec.stage is Stage.OUTPUT]
+        self._order = [spec.id for spec in own]
+        self._enforcing = _Stream([spec for spec in own if spec.withholds_output])
+        self._flagging = _Stream([spec for spec in own if not spec.withholds_output])
+
+    @property
+    def halted_by(self) -> str | None:
+        """The guardrail that ended the answer, by a finding or because its detector failed."""
+        return self._enforcing.halted_by or self._flagging.halted_by
+
+    def push(self, text: str) -> str:
+        """Take newly generated text and return what may be released now; nothing, once halted."""
+        if self.halted_by is not None:
+            return ""
+        self._flagging.push(text)
+        return self._enforcing.push(text) if self._flagging.halted_by is None else ""
+
+    def finish(self) -> str:
+        """No more text will come: everything is final. Return the rest that may be released."""
+        if self.halted_by is not None:
+            return ""
+        self._flagging.finish()
+        return self._enforcing.finish() if self._flagging.halted_by is None else ""
+
+    def verdicts(self) -> tuple[Verdict, ...]:
+        ended = self.halted_by is not None
+        verdicts = {
+            verdict.guardrail: verdict for one in (self._enforcing, self._flagging) for verdict in one.verdicts(ended)
+        }
+        return tuple(verdicts[guardrail] for guardrail in self._order)
+
+
+class _Stream:
+    """Text in, final text out. Only what is final is acted upon: so it does not matter how the text was cut."""
+
+    def __init__(self, specs: list[GuardrailSpec]) -> None:
+        self._specs = specs
+        self._hold_all = any(spec.mode is StreamingMode.HOLD_ALL for spec in specs)
+        self._hold = max((_hold(spec) for spec in specs), default=0)
+        self._context = ""  # folded; the last released characters: what a finder looks at before a start
         self._held = ""
-        self._counts: list[Counter[str]] = [Counter() for _ in self._specs]
+        self._counts: list[Counter[str]] = [Counter() for _ in specs]
         self._failed: set[int] = set()
         self._finished = False
         self.halted_by: str | None = None
 
     def push(self, text: str) -> str:
-        """Take newly generated text and return what may be released now; nothing, once halted."""
         if not self._specs:
             return text
-        if self.halted_by is not None:
-            return ""
         self._held += text
-        return self._release(0 if self._hold_all else self._final())
+        if self._hold_all or len(self._held) <= self._hold:
+            return ""
+        return self._release(self._final())
 
     def finish(self) -> str:
-        """No more text will come: everything is final. Return the rest that may be released."""
         self._finished = True
-        if not self._specs or self.halted_by is not None:
-            return ""
-        return self._release(len(self._held))
+        return self._release(len(self._held)) if self._specs else ""
 
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return tuple(
-            _verdict(spec, self._counts[at], at in self._failed, ran=self._finished or self.halted_by is not None)
-            for at, spec in enumerate(self._specs)
-        )
+    def verdicts(self, ended: bool) -> list[Verdict]:
+        ran = self._finished or ended
+        return [_verdict(spec, self._counts[at], at in self._failed, ran=ran) for at, spec in enumerate(self._specs)]
 
     def _final(self) -> int:
         """Return the position before which no match can still grow. Characters that fold to nothing do not count."""
@@ -119,45 +154,57 @@ class OutputInspector:
         return folded.origins[settled]
 
     def _release(self, final: int) -> str:
-        """Release the held text before `final`, or before the first finding that reaches over it."""
+        """Release the held text before `final`, or before the first finding that reaches over it or halts."""
+        if final <= 0:
+            return ""
         spans = self._scan()
-        for span in spans:
-            if self._specs[span.guardrail].action is Action.BLOCK:
-                self._halt(span)
-                return ""
-        if self.halted_by is not None or final <= 0:
+        if self.halted_by is not None:
             return ""
         clusters = _merge(spans)
         cut = min([final, *(first.start for first, end in clusters if first.start < final < end)])
+        halting = next((s for s in sorted(spans) if s.start < cut and self._blocks(s)), None)
+        if halting is not None:
+            return self._halt(halting, spans, next(f.start for f, end in clusters if f.start <= halting.start < end))
+        return self._let_go(cut, spans)
+
+    def _let_go(self, cut: int, spans: list[_Span]) -> str:
         passed = [span for span in spans if span.start < cut]
         self._count(passed)
         redacted = [span for span in passed if self._specs[span.guardrail].action is Action.REDACT]
         released = _redact(self._held[:cut], _merge(redacted))
-        self._context = (self._context + self._held[:cut])[-self._hold :]
+        self._context = (self._context + fold(self._held[:cut]).text)[-CONTEXT:]
         self._held = self._held[cut:]
         return released
+
+    def _halt(self, span: _Span, spans: list[_Span], cut: int) -> str:
+        """End the answer: what stands before the finding may leave, unless the answer leaves whole or not at all."""
+        released = "" if self._hold_all else self._let_go(cut, spans)
+        self._count([span])
+        self.halted_by = self._specs[span.guardrail].id
+        self._held = ""
+        return released
+
+    def _blocks(self, span: _Span) -> bool:
+        return self._specs[span.guardrail].action is Action.BLOCK
 
     def _scan(self) -> list[_Span]:
         """Return the findings that start in the held text, in its positions."""
         known = len(self._context)
+        text = self._context + self._held
         spans: list[_Span] = []
         for position, spec in enumerate(self._specs):
             try:
-                spans += _spans(self._context + self._held, spec, position)
+                spans += _spans(text, spec, position)
             except Exception:  # fail closed, as above
                 self._failed.add(position)
                 self.halted_by = self.halted_by or spec.id
                 self._held = ""
         return [_Span(s.start - known, s.end - known, s.entity, s.guardrail) for s in spans if s.start >= known]
 
-    def _halt(self, span: _Span) -> None:
-        self._count([span])
-        self.halted_by = self._specs[span.guardrail].id
-        self._held = ""
-
     def _count(self, spans: Iterable[_Span]) -> None:
-        for span in spans:
-            self._counts[span.guardrail][span.entity] += 1
+        found = list(spans)
+        for position, counts in enumerate(self._counts):
+            counts.update(_counts(found, position))
 
 
 def _hold(spec: GuardrailSpec) -> int:
@@ -196,7 +243,12 @@ def _redact(text: str, clusters: Iterable[tuple[_Span, int]]) -> str:
 
 
 def _counts(spans: Iterable[_Span], position: int) -> Counter[str]:
-    return Counter(span.entity for span in spans if span.guardrail == position)
+    """Count findings by entity. Those that overlap are one: a number may be found from two of its places."""
+    by_entity: dict[str, list[_Span]] = {}
+    for span in spans:
+        if span.guardrail == position:
+            by_entity.setdefault(span.entity, []).append(span)
+    return Counter({entity: len(_merge(found)) for entity, found in by_entity.items()})
 
 
 def _verdict(spec: GuardrailSpec, counts: Mapping[str, int], failed: bool, *, ran: bool = True) -> Verdict:

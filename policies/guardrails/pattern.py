@@ -1,11 +1,14 @@
 """Entities: what a detector looks for, each with a local finder and a longest span.
 
-A finder is *local*: whether text[s:e] is a match depends on at most one character before s and `longest` after it.
-That makes streaming exact: once `longest` characters after s are known, the matches that start at s are final,
-whatever comes later (inspect.py).
+A finder is *local*: whether text[s:e] is a match depends on at most `CONTEXT` characters before s and `longest` from s
+on, plus one. That makes streaming exact: once these are known, the matches that start at s are final, whatever comes
+later (inspect.py). So a finder looks at every place where a match may begin; it never skips one because an earlier
+match covers it, except where both end alike.
 
-Matching is linear: RE2 only. Where Hyperscan is installed it says first, in one pass over all entities, which of them
-can occur at all; what it lets pass is decided by the same finders, so the answers are the same with and without it.
+Matching is linear: RE2 only, over the text once or over a bounded slice behind each start (RE2's binding encodes the
+whole text at every call: searching on from a position would be quadratic). Where Hyperscan is installed it says first,
+in one pass over all entities, which of them can occur at all; what it lets pass is decided by the same finders, so the
+answers are the same with and without it.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ try:
 except ImportError:  # not built for this machine: RE2 alone, slower
     hyperscan = None  # type: ignore[assignment]
 
+CONTEXT = 8  # characters before a start that a finder may look at
+
 Finder = Callable[[str], Iterator[tuple[int, int]]]
 
 
@@ -32,16 +37,12 @@ class Entity:
     longest: int  # characters of folded text that a match spans at most
 
 
-def pattern_finder(pattern: str, accept: Callable[[str], bool] = lambda match: True) -> Finder:
-    """Return a finder for a pattern that begins at a boundary of its own, such as a fixed prefix."""
-    compiled = re2.compile(pattern)
-
-    def find(text: str) -> Iterator[tuple[int, int]]:
-        for match in compiled.finditer(text):
-            if accept(match.group()):
-                yield match.span()
-
-    return find
+def occurrences(text: str, literal: str) -> Iterator[int]:
+    """Yield every place where `literal` begins, overlapping ones too."""
+    at = text.find(literal)
+    while at >= 0:
+        yield at
+        at = text.find(literal, at + 1)
 
 
 class Prefilter:
