@@ -188,7 +188,9 @@ EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
         (
             "explain how to prepare for an operation", "how do I prepare for an operation", "how should I prepare for surgery",
             "what must I do before an operation", "tell me how to prepare for an operation", "what should I do before surgery",
-            "describe how to prepare for an operation", "how can I get ready for an operation", "please explain what to do before an operation",
+            "describe how to prepare for an operation", "how can I get ready for an operation", "what do I do before an operation",
+            "explain how to get ready for surgery", "what happens before an operation, how do I prepare", "show me how to prepare for surgery",
+            "please explain how to prepare for surgery", "tell me what to do before an operation", "what should I do before an operation",
         ),
         "Please prepare for an operation in five steps. First, do not eat anything for six hours before. Second, drink only clear "
         "water until two hours before. Third, bring the consent form, your allergy card and the list of your medicines. Fourth, leave "
@@ -198,14 +200,20 @@ EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("hello", "hi", "good morning", "hi there", "hello there", "good evening", "hey", "good day", "good afternoon"),
+    (("hello", "hi", "good morning", "hi there", "hello there", "good evening", "hey", "good day", "greetings", "hello and good day",
+      "hi, good morning", "hello everybody", "good afternoon", "hi, good evening", "hello, good morning"),
      "Hello! How can I help you?"),
-    (("thank you", "thanks", "thanks a lot", "thank you very much", "many thanks", "that helped, thank you", "thanks for your help"),
+    (("thank you", "thanks", "thanks a lot", "thank you very much", "many thanks", "that helped", "thanks for your help", "great, thanks",
+      "perfect, thank you", "thank you so much", "wonderful, many thanks", "that helped, thank you", "thanks, that helped", "thank you for your help"),
      "You are welcome."),
-    (("goodbye", "bye", "see you", "bye bye", "have a nice day", "goodbye then"), "Goodbye, and have a good day."),
-    (("who are you", "what are you", "are you a person", "are you a robot", "what is your name", "am I talking to a machine"),
+    (("goodbye", "bye", "see you", "bye bye", "have a nice day", "goodbye then", "see you soon", "have a good day, bye", "until next time",
+      "see you next time", "goodbye and have a nice day", "bye, see you"),
+     "Goodbye, and have a good day."),
+    (("who are you", "what are you", "are you a person", "are you a robot", "what is your name", "am I talking to a machine", "are you human",
+      "tell me who you are", "do you have a name", "is this a machine", "am I talking to a robot", "are you a machine", "am I talking to a person"),
      "I am the assistant of the support desk, a computer program."),
-    (("what can you do", "how can you help me", "what can I ask you", "what do you know", "what are you good for"),
+    (("what can you do", "how can you help me", "what can I ask you", "what do you know", "what are you good for", "what can you tell me",
+      "what do you do", "which questions can you answer", "tell me what you can do", "how can you help", "what can I ask", "what do you help with"),
      "I answer questions about fees, times, documents and appointments."),
 )  # fmt: skip
 
@@ -259,18 +267,68 @@ PROBLEMS = (
 )
 SINCES = ("Monday", "last week", "two weeks ago", "yesterday", "March", "the weekend")
 WISHES = ("a refund", "an apology", "a new one", "a call back", "a written answer", "a quick solution")
-_COMPLAINTS = (
-    "My {product} {problem}. It has been like this since {since}. I called twice and nobody helped. I want {wish}.",
-    "I am very unhappy. Since {since} I have the problem that my {product} {problem}. I expect {wish}.",
-    "Dear team, my {product} {problem}. I noticed it {since}. Please give me {wish}. Regards, {person}",
-    "I write about my {product}. It {problem}, since {since}. This is not acceptable and I ask for {wish}.",
-    "Since {since} nothing goes right. My {product} {problem}. {person} at the desk could not help. I demand {wish}.",
-    "Hello, this is {person}. My {product} {problem} since {since}. I would like {wish}.",
-    "{person} here. I am angry. My {product} {problem}, and that since {since}. Give me {wish}.",
-    "I have a complaint. It is about my {product}, which {problem}. This goes on since {since}. I need {wish}.",
-    "Good morning, since {since} my {product} {problem}. I asked for help and got none. I request {wish}.",
-    "I want to complain about my {product}. Since {since} it {problem}. Please arrange {wish}. {person}",
+# A complaint is an opening, a statement, something on the side and a wish, each from its own table.
+_OPENINGS = (
+    "",
+    "Dear team, ",
+    "Hello, this is {person}. ",
+    "I am very unhappy. ",
+    "I have a complaint. ",
+    "Good morning, ",
+    "{person} here. ",
+    "To whom it may concern: ",
+    "I am angry. ",
+    "Hi, ",
+    "This cannot be true. ",
+    "Dear support, my name is {person}. ",
+    "Listen. ",
+    "I want to complain. ",
+    "Hello. ",
+    "I am writing to you because I am disappointed. ",
 )
+_STATEMENTS = (
+    "My {product} {problem}, since {since}.",
+    "Since {since} my {product} {problem}.",
+    "My {product} {problem}. I noticed it {since}.",
+    "It is about my {product}, which {problem} since {since}.",
+    "Since {since} I have the problem that my {product} {problem}.",
+    "The problem is my {product}. It {problem}, and that since {since}.",
+    "My {product} {problem} and it has been so since {since}.",
+    "I write about my {product}. Since {since} it {problem}.",
+    "You know my {product}. It {problem}. This began {since}.",
+    "My {product}, since {since}, {problem}.",
+    "For a while, since {since}, my {product} {problem}.",
+    "About my {product}: it {problem} since {since}.",
+    "My {product} {problem}. It has been like this since {since}.",
+    "I have to say that my {product} {problem} since {since}.",
+)
+_ASIDES = (
+    "",
+    " I called twice and nobody helped.",
+    " This is not acceptable.",
+    " {person} at the desk could not help.",
+    " I am tired of it.",
+    " Nobody answers my letters.",
+    " I asked for help and got none.",
+    " I have waited long enough.",
+    " My family is upset as well.",
+    " I was told to be patient.",
+)
+_DEMANDS = (
+    " I want {wish}.",
+    " I expect {wish}.",
+    " Please give me {wish}.",
+    " I ask for {wish}.",
+    " I demand {wish}.",
+    " I would like {wish}.",
+    " Give me {wish}.",
+    " I need {wish}.",
+    " I hope for {wish}.",
+    " I request {wish}. Regards, {person}",
+    " Please arrange {wish}.",
+    " I insist on {wish}. {person}",
+)
+
 _SUMMARISE = (
     "Summarise this complaint: {}", "Please summarise this complaint: {}", "Summarise the following complaint: {}",
     "Give me a summary of this complaint: {}", "What is this complaint about? {}", "Sum up this complaint: {}",
@@ -283,17 +341,61 @@ _SUMMARISE = (
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
 TIMES = ("9:00", "10:30", "11:15", "13:00", "14:45", "16:30")
 DOCTORS = ("Dr. Lee", "Dr. Weber", "Dr. Rossi", "Dr. Okafor", "Dr. Silva")
+_LEADS = (
+    "",
+    "",
+    "Please note: ",
+    "Hello. ",
+    "For the calendar: ",
+    "Good morning. ",
+    "As discussed, ",
+    "To be booked: ",
+    "Dear desk, ",
+    "Note that ",
+    "New appointment. ",
+    "Kindly enter this: ",
+)
 _BOOKINGS = (
-    "{person} would like to see {doctor} on {day} at {time}.", "Please book {person} with {doctor} for {day}, {time}.",
-    "{doctor} will see {person} on {day} at {time}.", "On {day} at {time}, {person} comes to {doctor}.",
-    "I am {person} and need {doctor} at {time} on {day}.", "{person} has an appointment with {doctor} on {day} at {time}.",
-    "Could {doctor} see {person} at {time} on {day}?", "Appointment: {person}, {day}, {time}, {doctor}.",
-    "At {time} on {day} {doctor} meets {person}.", "Please note that {person} comes to {doctor} on {day} at {time}.",
-)  # fmt: skip
+    "{person} would like to see {doctor} on {day} at {time}.",
+    "please book {person} with {doctor} for {day}, {time}.",
+    "{doctor} will see {person} on {day} at {time}.",
+    "on {day} at {time}, {person} comes to {doctor}.",
+    "I am {person} and need {doctor} at {time} on {day}.",
+    "{person} has an appointment with {doctor} on {day} at {time}.",
+    "could {doctor} see {person} at {time} on {day}?",
+    "{person}, {day}, {time}, {doctor}.",
+    "at {time} on {day} {doctor} meets {person}.",
+    "{day} {time}: {person} with {doctor}.",
+    "{doctor} expects {person} at {time}, {day}.",
+    "my name is {person}, I will come on {day} at {time} to {doctor}.",
+    "{person} wants {day} at {time} with {doctor}.",
+    "put {person} down for {doctor}, {day}, {time}.",
+    "the visit of {person} to {doctor} is on {day} at {time}.",
+    "this is {person}. Is {doctor} free on {day} at {time}?",
+    "{doctor} has {person} at {time} on {day}.",
+    "{time} on {day} is the time for {person} and {doctor}.",
+    "we have {person} for {doctor} on {day}, at {time}.",
+    "see you on {day} at {time}, {person}. Your doctor is {doctor}.",
+    "{person} goes to {doctor} at {time} on {day}.",
+    "with {doctor} on {day}, {person} at {time}.",
+    "I, {person}, ask for {doctor} on {day} at {time}.",
+    "{day}, {doctor}, {person}, {time}.",
+    "please let {person} see {doctor} on {day} at {time}.",
+    "{person} comes to {doctor} on {day} at {time}.",
+    "can {person} come to {doctor} at {time} on {day}?",
+    "book {doctor} for {person} on {day} at {time}.",
+    "{person} asks for {doctor} at {time}, on {day}.",
+    "{doctor} and {person} meet on {day} at {time}.",
+)
 _AS_JSON = (
     "Answer as JSON with the fields name, doctor, day, time: {}", "Give me JSON with name, doctor, day and time: {}",
     "Extract name, doctor, day and time as JSON: {}", "Return the fields name, doctor, day, time as JSON. {}",
-    "As JSON with name, doctor, day and time, please: {}", "Write this as JSON with the fields name, doctor, day, time: {}",
+    "As JSON with name, doctor, day and time, please: {}", "{} Answer as JSON with the fields name, doctor, day, time.",
+    "Write JSON with the fields name, doctor, day, time. {}", "Please turn this into JSON with name, doctor, day and time: {}",
+    "{} Give me that as JSON with name, doctor, day, time.", "JSON with the fields name, doctor, day, time: {}",
+    "Fill the fields name, doctor, day, time and answer as JSON. {}", "What are name, doctor, day and time here? Answer as JSON. {}",
+    "I need JSON with name, doctor, day, time for this: {}", "Write this as JSON with the fields name, doctor, day, time: {}",
+    "{} Please extract name, doctor, day and time as JSON.",
 )  # fmt: skip
 
 
@@ -335,11 +437,11 @@ def held_out_dialogues(seed: int, each: int) -> Iterator[Dialogue]:
 
 
 _WEIGHTS = {
-    Group.FACT: 0.5,
+    Group.FACT: 0.39,
     Group.LONG: 0.05,
-    Group.COMPLAINT: 0.14,
-    Group.FORM: 0.12,
-    Group.SMALL_TALK: 0.05,
+    Group.COMPLAINT: 0.18,
+    Group.FORM: 0.18,
+    Group.SMALL_TALK: 0.06,
     Group.UNKNOWN: 0.14,
 }
 
@@ -391,7 +493,8 @@ def _complaint(rng: random.Random, held: bool) -> tuple[str, str]:
         "since": rng.choice(SINCES),
         "wish": rng.choice(WISHES),
     }
-    text = rng.choice(split(_COMPLAINTS, held=held)).format(person=rng.choice(PEOPLE), **slots)
+    pieces = [rng.choice(split(table, held=held)) for table in (_OPENINGS, _STATEMENTS, _ASIDES, _DEMANDS)]
+    text = "".join(pieces).format(person=rng.choice(PEOPLE), **slots)
     answer = "The {product} {problem}, since {since}. The customer wants {wish}.".format(**slots)
     return rng.choice(split(_SUMMARISE, held=held)).format(text), answer
 
@@ -404,6 +507,8 @@ def _form(rng: random.Random, held: bool) -> tuple[str, str]:
         "time": rng.choice(TIMES),
     }
     booking = rng.choice(split(_BOOKINGS, held=held)).format(**slots)
+    lead = rng.choice(split(_LEADS, held=held))
+    booking = lead + booking if lead.endswith((", ", ": ", "that ")) else lead + booking[0].upper() + booking[1:]
     fields = {"name": slots["person"], "doctor": slots["doctor"], "day": slots["day"], "time": slots["time"]}
     return rng.choice(split(_AS_JSON, held=held)).format(booking), json.dumps(fields)
 
