@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from policies.document import (
     FLOOR_TENANT,
@@ -29,7 +29,8 @@ from policies.tables import policy_version, tenant_state
 # PolicyStoreError      catch this
 # ├── StaleGeneration   somebody changed it since; read it again
 # ├── NoSuchVersion     there is no such version
-# └── AlreadySo         it is active, suspended or resumed already
+# ├── AlreadySo         it is active, suspended or resumed already
+# └── StoreUnavailable  the database does not answer: nothing may be decided
 
 
 class PolicyStoreError(Exception):
@@ -46,6 +47,10 @@ class NoSuchVersion(PolicyStoreError):
 
 class AlreadySo(PolicyStoreError):
     """There is nothing to change."""
+
+
+class StoreUnavailable(PolicyStoreError):
+    """The database does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +82,11 @@ class PolicyStore:
     # --- what holds now: no I/O after the first time ---
 
     def current(self, tenant: str) -> EffectivePolicy | None:
-        """Return the tenant's policy under the floor, or None where none is active."""
+        """Return the tenant's policy under the floor, or None where none is active. Raises: StoreUnavailable."""
         return self._snapshot(tenant)[0]
 
     def suspended(self, tenant: str) -> bool:
+        """Raises: StoreUnavailable."""
         return self._snapshot(tenant)[1]
 
     def invalidate(self, tenant: str) -> None:
@@ -93,8 +99,11 @@ class PolicyStore:
     def _snapshot(self, tenant: str) -> tuple[EffectivePolicy | None, bool]:
         held = self._snapshots.get(tenant)
         if held is None:
-            with self._engine.connect() as connection:
-                held = _effective(connection, tenant), state(connection, tenant).suspended
+            try:
+                with self._engine.connect() as connection:
+                    held = _effective(connection, tenant), state(connection, tenant).suspended
+            except SQLAlchemyError as error:
+                raise StoreUnavailable("the policies cannot be read") from error
             self._snapshots = {**self._snapshots, tenant: held}
         return held
 
