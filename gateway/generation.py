@@ -37,6 +37,7 @@ from gateway.release import Release
 from gateway.telemetry import Telemetry
 from policies.guardrails import OutputInspector, Verdict
 from policies.limits import LimitLedger
+from policies.store import StoreUnavailable
 
 CLOSE_ATTEMPTS = 6  # tries to put a closing record on a log that fails; after them, recovery closes it at a restart
 CLOSE_BACKOFF_S = 0.25  # doubles with each try
@@ -268,7 +269,7 @@ class Generation:
 
 def _named(error: Exception) -> ApiError:
     """Return what the caller is told. The engine's and the log's own errors are told apart; anything else is ours."""
-    if isinstance(error, LogUnavailable):
+    if isinstance(error, LogUnavailable | StoreUnavailable):
         return errors.audit_unavailable()
     if isinstance(error, Suspended):
         return errors.suspended()

@@ -35,7 +35,7 @@ from policies.evaluate import evaluate
 from policies.guardrails import Verdict, inspect_input
 from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
-from policies.store import PolicyStore
+from policies.store import PolicyStore, StoreUnavailable
 
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
@@ -118,6 +118,8 @@ class Pipeline:
                 self._reserve(grant)
         except Denied as denied:
             raise await self._put_denial_on_record(question, denied) from None
+        except StoreUnavailable:  # the same database: a denial could not be put on record either
+            raise errors.audit_unavailable() from None
         try:
             appending = self._clock.monotonic()
             with self._telemetry.stage("probity.record"):

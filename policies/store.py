@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from policies.document import (
     FLOOR_TENANT,
@@ -33,7 +33,8 @@ MAX_SNAPSHOTS = 4_096  # tenants whose policy is kept in memory
 # ├── StaleGeneration   somebody changed it since; read it again
 # ├── NoSuchVersion     there is no such version
 # ├── VersionDamaged    its text in the database is not what was stored; nothing is served by it
-# └── AlreadySo         it is active, suspended or resumed already
+# ├── AlreadySo         it is active, suspended or resumed already
+# └── StoreUnavailable  the database does not answer: nothing may be decided
 
 
 class PolicyStoreError(Exception):
@@ -54,6 +55,10 @@ class VersionDamaged(PolicyStoreError):
 
 class AlreadySo(PolicyStoreError):
     """There is nothing to change."""
+
+
+class StoreUnavailable(PolicyStoreError):
+    """The database does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +92,11 @@ class PolicyStore:
     # --- what holds now: no I/O after the first time ---
 
     def current(self, tenant: str) -> EffectivePolicy | None:
-        """Return the tenant's policy under the floor, or None where none is active."""
+        """Return the tenant's policy under the floor, or None where none is active. Raises: StoreUnavailable."""
         return self._snapshot(tenant)[0]
 
     def suspended(self, tenant: str) -> bool:
+        """Raises: StoreUnavailable."""
         return self._snapshot(tenant)[1]
 
     def invalidate(self, tenant: str) -> None:
@@ -104,8 +110,11 @@ class PolicyStore:
         held = self._snapshots.get(tenant)
         if held is None:
             epoch = self._epoch
-            with self._engine.connect() as connection:
-                held = _effective(connection, tenant), state(connection, tenant).suspended
+            try:
+                with self._engine.connect() as connection:
+                    held = _effective(connection, tenant), state(connection, tenant).suspended
+            except SQLAlchemyError as error:
+                raise StoreUnavailable("the policies cannot be read") from error
             self._keep(tenant, held, epoch)
         return held
 

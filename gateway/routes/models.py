@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from gateway import errors
 from gateway.auth.permissions import Permission, requires
 from gateway.state import state_of
+from policies.store import StoreUnavailable
 
 router = APIRouter(prefix="/v1/models", dependencies=[requires(Permission.INFER)])
 
@@ -27,7 +28,10 @@ async def get_model(request: Request, alias: str) -> dict[str, Any]:
 
 def _aliases(request: Request) -> list[str]:
     state = state_of(request)
-    policy = state.policies.current(request.state.principal.tenant)
+    try:
+        policy = state.policies.current(request.state.principal.tenant)
+    except StoreUnavailable:
+        raise errors.audit_unavailable() from None
     if policy is None:
         return []
     loaded, today = state.engine.model.digest, state.clock.now().date().isoformat()

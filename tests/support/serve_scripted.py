@@ -27,7 +27,9 @@ LEASE_S = 1.0
 def answer_to(prompt: str) -> str:
     """A long answer that names its question: one that got into another's record would be seen."""
     question = prompt.rpartition("<user>")[2].partition("\n")[0]
-    return " ".join(f"{question}.{word}" for word in range(30))
+    if question.startswith("explode"):
+        raise ValueError(question)  # as a bug would, with the prompt in its message
+    return " ".join([question[::-1], *(f"{question}.{word}" for word in range(30))])
 
 
 def main() -> None:
@@ -61,6 +63,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             "database.url": arguments.database_url,
             "audit.low_water_mib": 1,
             "audit.lease_s": LEASE_S,
+            "telemetry.otlp_endpoint": arguments.otlp,
+            "telemetry.sample_ratio": 1.0,
         },
     )
 
@@ -70,6 +74,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--database-url")
+    parser.add_argument("--otlp", help="send traces here")
     parser.add_argument("--token-s", type=float, default=0.005, help="seconds before each delta")
     parser.add_argument("--chunk", type=int, default=4, help="tokens a delta")
     return parser.parse_args()

@@ -56,12 +56,14 @@ def _take(line: str, seen: Seen) -> None:
         seen.finish_reason = choice["finish_reason"] or seen.finish_reason
 
 
-async def stream_many(base_url: str, token: str, model: str, prompts: list[str], **fields: object) -> list[Seen]:
-    """Stream all prompts at once."""
+async def stream_many(
+    base_url: str, token: str, model: str, prompts: list[str], *, seen: list[Seen] | None = None, **fields: object
+) -> list[Seen]:
+    """Stream all prompts at once, into `seen` where it is given."""
     limits = httpx.Limits(max_connections=len(prompts))
     headers = {"authorization": f"Bearer {token}"}
     async with httpx.AsyncClient(base_url=base_url, headers=headers, limits=limits, timeout=60) as client:
-        seen = [Seen() for _ in prompts]
+        seen = seen or [Seen() for _ in prompts]
         await asyncio.gather(
             *(stream_chat(client, model, prompt, one, **fields) for prompt, one in zip(prompts, seen, strict=True))
         )
