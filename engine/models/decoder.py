@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import UnsupportedModel
-from kernels.attention_plan import AttentionPlan
+from kernels.attention_plan import ROWS, AttentionPlan
 from kernels.linear import Linear
 from kernels.paged_attention import Segment, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
