@@ -44,6 +44,9 @@ class Tokenizer:
             name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
         self._template = _compile(chat_template(directory))
+        # A token for what the vocabulary lacks is special too, but any rare character becomes it.
+        unknown = self._variables["unk_token"]
+        self._control_ids = self._special_ids - {None if unknown is None else self._tokenizer.token_to_id(unknown)}
         self.eos_ids = self._eos(directory)
 
     @property
@@ -77,7 +80,7 @@ class Tokenizer:
 
     def _controls(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [token for token in ids if token in self._special_ids]
+        return [token for token in ids if token in self._control_ids]
 
     def encode(self, text: str, *, chat: bool) -> list[int]:
         """Return token ids; see `request.Engine.encode`."""

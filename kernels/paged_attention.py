@@ -2,10 +2,10 @@
 
 Numeric contract. The keys of a sequence are taken in segments of 256 at *absolute* positions; each gives a softmax
 state (m, l, o), and states are merged in ascending order. A decode step's one token and a prefill's many go through
-products of one shape, 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a segment's
-state keep that: `segment_fused` is the library's one-pass kernel, always given 16 rows; `segment_tiled` walks tiles of
-64 keys in float32. `verify_invariance` tests a machine for it. Keys that a row may not see change no bit, unless they
-are its own sequence's later ones and not finite.
+products of one shape, 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a
+segment's state keep that: `segment_fused` is the library's one-pass kernel, always given 16 rows; `segment_tiled` walks
+tiles of 64 keys in float32. `verify_invariance` tests a machine for it. Keys that a row may not see change no bit,
+unless they are its own sequence's later ones and not finite.
 
 Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022.
 """

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kernels.attention_plan import ROWS, SEGMENT, plan_attention
+from kernels.paged_attention import (
+    SEGMENTS,
+    Segment,
+    merge_state,
+    paged_attention,
+    paged_attention_reference,
+    verify_invariance,
+)
+from kernels.shape import ShapeError
+
+PAGE = 16
+segments = pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS.keys())
+
+
+class World:
+    """Sequences in shuffled blocks of a poisoned cache: what was not written, the zero block aside, is NaN."""
+
+    def __init__(self, lengths: list[int], heads: int, groups: int, size: int) -> None:
+        generator = torch.Generator().manual_seed(sum(lengths) + heads)
+        self.heads, self.groups = heads, groups
+        blocks = [-(-length // PAGE) for length in lengths]
+        total = sum(blocks) + 3
+        order = torch.randperm(total, generator=generator).tolist()
+        width = max(blocks) + 2
+        self.table = torch.full((len(lengths), width), order[-1])  # beyond a context: a block nobody wrote
+        self.caches = [torch.full((total + 1, PAGE, groups, size), torch.nan).bfloat16() for _ in "kv"]
+        self.query: list[torch.Tensor] = []
+        for index, length in enumerate(lengths):
+            self.table[index, : blocks[index]] = torch.tensor(order[: blocks[index]])
+            del order[: blocks[index]]
+            at = torch.arange(length)
+            for cache in self.caches:
+                drawn = torch.randn(length, groups, size, generator=generator).bfloat16()
+                cache[self.table[index, at // PAGE], at % PAGE] = drawn
+            self.query.append(torch.randn(length, heads, size, generator=generator).mul(2).bfloat16())
+        for cache in self.caches:
+            cache[-1] = 0
+        self.zero_slot = total * PAGE
+
+    def attend(self, rows: list[tuple[int, int, int]], segment: Segment) -> torch.Tensor:
+        """Each row: a sequence, and the positions from … to of which attention is asked."""
+        sequence = torch.cat([torch.full((end - start,), index) for index, start, end in rows])
+        positions = torch.cat([torch.arange(start, end) for _, start, end in rows])
+        plan = plan_attention(self.table, sequence, positions, self.heads, self.groups, PAGE, self.zero_slot)
+        query = torch.cat([self.query[index][start:end] for index, start, end in rows])
+        return paged_attention(query, *self.caches, plan, query.shape[-1] ** -0.5, segment)
+
+    def reference(self, index: int) -> torch.Tensor:
+        query = self.query[index]
+        sequence, positions = torch.full((len(query),), index), torch.arange(len(query))
+        return paged_attention_reference(query, *self.caches, self.table, sequence, positions, query.shape[-1] ** -0.5)
+
+
+@segments
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (7, 7, 34), (16, 1, 64)])
+def test_attention_equals_the_reference_at_ugly_sizes(segment: Segment, heads: int, groups: int, size: int) -> None:
+    lengths = [1, 17, 63, 65, 257, 300]
+    world = World(lengths, heads, groups, size)
+    out = world.attend([(index, 0, length) for index, length in enumerate(lengths)], segment)
+    expected = torch.cat([world.reference(index) for index in range(len(lengths))])
+    torch.testing.assert_close(out, expected, atol=0.03, rtol=0.03)
+
+
+@segments
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (8, 8, 34), (16, 1, 64)])
+def test_decode_equals_prefill_equals_chunks_in_bits(segment: Segment, heads: int, groups: int, size: int) -> None:
+    length = 2 * SEGMENT + 9
+    world = World([length, 70], heads, groups, size)
+    whole = world.attend([(0, 0, length)], segment)
+    for chunk in (1, 7, 16, 100, 256):
+        if chunk > 1:
+            pieces = itertools.pairwise([*range(0, length, chunk), length])
+            assert torch.equal(torch.cat([world.attend([(0, *piece)], segment) for piece in pieces]), whole)
+    for position in (0, 1, 15, 16, 63, 64, 255, 256, 257, 511, 512, length - 1):
+        beside = world.attend([(1, 3, 70), (0, position, position + 1), (1, 0, 2)], segment)
+        assert torch.equal(beside[67], whole[position])
+
+
+@segments
+def test_many_sequences_change_no_bit_of_one(segment: Segment) -> None:
+    lengths = [1 + 53 * index % 400 for index in range(41)]
+    world = World(lengths, 4, 2, 32)
+    together = world.attend([(index, length - 1, length) for index, length in enumerate(lengths)], segment)
+    for index, length in enumerate(lengths):
+        assert torch.equal(world.attend([(index, length - 1, length)], segment)[0], together[index])
+
+
+@pytest.mark.parametrize("size", [10, 16, 64, 128])
+def test_tiles_in_float32_are_invariant_here(size: int) -> None:
+    assert verify_invariance(SEGMENTS["tiled"], 2, size, torch.bfloat16)
+
+
+def test_a_segment_that_looks_at_its_neighbours_is_found_out() -> None:
+    def leaning(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = SEGMENTS["tiled"](tiles, *others)  # type: ignore[arg-type]
+        return out + tiles.amax() * 2**-6, logsum
+
+    assert not verify_invariance(leaning, 1, 16, torch.bfloat16)
+
+
+def test_merging_an_empty_state_changes_no_bit() -> None:
+    generator = torch.Generator().manual_seed(1)
+    state = tuple(torch.randn(shape, generator=generator) for shape in ((3, 2, ROWS), (3, 2, ROWS), (3, 2, ROWS, 8)))
+    nothing = torch.zeros(3, 2, ROWS)
+    empty = (torch.full_like(nothing, -torch.inf), nothing, torch.zeros(3, 2, ROWS, 8))
+    for merged in (merge_state(empty, state), merge_state(state, empty)):  # type: ignore[arg-type]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(merged, state, strict=True))
+
+
+def test_disagreeing_arguments_are_refused() -> None:
+    world = World([5], 4, 2, 16)
+    plan = plan_attention(world.table, torch.zeros(5, dtype=torch.long), torch.arange(5), 4, 2, PAGE, world.zero_slot)
+    keys, values = world.caches
+    with pytest.raises(ShapeError, match="value_cache"):
+        paged_attention(world.query[0], keys, values[1:], plan, 1.0, SEGMENTS["tiled"])
+    with pytest.raises(ShapeError, match="place"):
+        paged_attention(world.query[0][:4], keys, values, plan, 1.0, SEGMENTS["tiled"])
+    with pytest.raises(ShapeError, match="heads"):
+        paged_attention(world.query[0][..., :8], keys, values, plan, 1.0, SEGMENTS["tiled"])
+    for heads, groups in ((4, 3), (34, 2), (4, 0)):
+        with pytest.raises(ShapeError, match="heads"):
+            plan_attention(world.table, torch.zeros(1), torch.zeros(1), heads, groups, PAGE, world.zero_slot)
+    with pytest.raises(ShapeError, match="position_of"):
+        plan_attention(world.table, torch.zeros(2), torch.zeros(1), 4, 2, PAGE, world.zero_slot)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.linear import Linear, linear, linear_fixed_tiles, linear_reference, probed_rows, verify_invariance
+from kernels.shape import ShapeError
+
+FUNCTIONS = [linear, linear_fixed_tiles]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).bfloat16()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 70])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_product_equals_the_reference(function: Linear, rows: int, biased: bool) -> None:
+    x, weight, bias = draw(rows, 173), draw(67, 173), draw(67) if biased else None
+    torch.testing.assert_close(function(x, weight, bias), linear_reference(x, weight, bias), atol=0.1, rtol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (33, 173), (384, 1024), (896, 4864)])
+def test_fixed_tiles_are_invariant_here_even_where_the_library_is_not(shape: tuple[int, int]) -> None:
+    assert verify_invariance(linear_fixed_tiles, shape, torch.bfloat16, 600)
+
+
+def test_a_product_that_depends_on_the_number_of_rows_is_found_out_at_its_widest() -> None:
+    def leaning(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear_fixed_tiles(x, weight, bias) + (1 if x.shape[0] > 511 else 0)
+
+    assert verify_invariance(leaning, (8, 16), torch.bfloat16, 500)
+    assert not verify_invariance(leaning, (8, 16), torch.bfloat16, 513)
+
+
+@pytest.mark.parametrize("most", [1, 2, 100, 512, 513, 1000])
+def test_the_widest_step_is_probed(most: int) -> None:
+    rows = probed_rows(most)
+    assert rows[-1] == most
+    assert rows[0] == 1
+    assert rows == sorted(set(rows))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_disagreeing_arguments_are_refused(function: Linear) -> None:
+    for x, weight in ((draw(2, 3), draw(4, 5)), (draw(3), draw(4, 3)), (draw(0, 3), draw(4, 3))):
+        with pytest.raises(ShapeError, match="`x`"):
+            function(x, weight, None)
+    with pytest.raises(ShapeError, match="`bias`"):
+        function(draw(2, 3), draw(4, 3), draw(3))
