@@ -159,7 +159,7 @@ def test_a_process_that_dies_in_the_middle_leaves_no_plain_text_either(tmp_path:
 async def _stream_and_kill(server: ServerProcess, bearer: str) -> list[Seen]:
     seen = [Seen() for _ in range(4)]
     streams = asyncio.create_task(stream_many(server.url, bearer, MODEL, [PROMPT] * len(seen), seen=seen))
-    while not all(OUTPUT in one.text for one in seen):  # noqa: ASYNC110 - another task of this loop fills them
+    while not all(OUTPUT in one.text for one in seen):
         await asyncio.sleep(0.01)
     await asyncio.to_thread(server.kill)
     return await streams

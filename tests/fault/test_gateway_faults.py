@@ -129,7 +129,7 @@ async def _stream_and_stop(server: ServerProcess) -> tuple[list[Seen], int]:
     seen = [Seen() for _ in range(8)]
     prompts = [f"question{index}" for index in range(len(seen))]
     streams = asyncio.create_task(stream_many(server.url, credential, MODEL, prompts, seen=seen))
-    while not all(one.text for one in seen):  # noqa: ASYNC110 - they are filled by another task of this loop
+    while not all(one.text for one in seen):
         await asyncio.sleep(0.01)
     status = await asyncio.to_thread(server.stop)
     return await streams, status
