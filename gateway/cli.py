@@ -81,8 +81,10 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, which drain."""
     from gateway.app import create_app, server
+    from gateway.diagnostics import install_diagnostics
 
     settings = _settings(config, data, {"server.host": host, "server.port": port})
+    install_diagnostics()
     with _start_refusals():
         gateway = create_app(settings)
         _say(f"serving on {settings.server.host}:{settings.server.port}, data in `{settings.data_dir}`")

@@ -90,6 +90,7 @@ class Pipeline:
         self._clock = clock
         self._max_governed = max_governed
         self._governed: set[asyncio.Task[None]] = set()
+        self._entering = 0  # questions that wait for the log; they will be governed, or are being denied
         self._draining = False
         # Cached blocks live and die with this process, and so does the key that keeps tenants apart among them.
         self._salt_key = secrets.token_bytes(32)
@@ -110,8 +111,16 @@ class Pipeline:
     async def _answer(self, question: Question) -> Answer:
         if self._draining:
             raise errors.draining()
-        if len(self._governed) >= self._max_governed:
+        if len(self._governed) + self._entering >= self._max_governed:
             raise errors.overloaded()
+        self._entering += 1
+        try:
+            return await self._enter(question)
+        finally:
+            self._entering -= 1
+
+    async def _enter(self, question: Question) -> Answer:
+        """Decide, put on record, start the governed task."""
         try:
             with self._telemetry.stage("probity.decide"):
                 grant = self._decide(question, self._policy(question.principal.tenant))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,25 @@ def test_more_than_the_process_governs_is_overloaded(tmp_path: Path) -> None:
         board.gate.set()
         held.join()
         assert ask(client).choices[0].message.content == "an answer"
+
+
+def test_a_burst_that_waits_for_the_log_counts_as_governed(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    with running_gateway(tmp_path, engine, limits__max_governed=2, audit__append_timeout_s=20) as gateway:
+        headers = {"authorization": f"Bearer {gateway.credential()}"}
+        asked = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+
+        def status() -> int:
+            answer = httpx.post(f"{gateway.url}/v1/chat/completions", json=asked, headers=headers, timeout=30)
+            return answer.status_code
+
+        with ThreadPoolExecutor(6) as pool:
+            with database_locked(gateway):
+                answers = [pool.submit(status) for _ in range(6)]
+                refused = [done.result() for _, done in zip(range(4), as_completed(answers), strict=False)]
+            assert refused == [503] * 4
+            assert sorted(answer.result() for answer in answers) == [200, 200, 503, 503, 503, 503]
+    assert len(engine.prompts) == 2
 
 
 def test_a_draining_gateway_takes_nothing_new_and_ends_what_it_has(tmp_path: Path, stream: bool) -> None:
