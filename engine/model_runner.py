@@ -34,17 +34,17 @@ LINEARS: dict[str, Linear] = {"library": linear, "fixed_tiles": linear_fixed_til
 Shape = tuple[int, int]
 
 
-def choose_linears(config: DecoderConfig, most_rows: int) -> dict[Shape, str]:
+def choose_linears(config: DecoderConfig, most_rows: int, linears: Mapping[str, Linear] = LINEARS) -> dict[Shape, str]:
     """Return, for every weight shape (N, K) of the model, the name of the fastest product that is invariant here.
 
     Raises:
         InvarianceUnavailable: for one of the shapes none is.
     """
-    return {shape: _fastest(shape, most_rows) for shape in sorted(set(config.linear_shapes()))}
+    return {shape: _fastest(shape, most_rows, linears) for shape in sorted(set(config.linear_shapes()))}
 
 
-def _fastest(shape: Shape, most_rows: int) -> str:
-    for name, function in LINEARS.items():
+def _fastest(shape: Shape, most_rows: int, linears: Mapping[str, Linear]) -> str:
+    for name, function in linears.items():
         if verify_invariance(function, shape, torch.bfloat16, most_rows):
             return name
     raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
@@ -81,7 +81,7 @@ class ModelRunner:
         shape = (block_count + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
         self._decoder = decoder
         self._block_count = block_count
-        self._caches = [
+        self.caches = [
             KVCache(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
             for _ in range(config.num_hidden_layers)
         ]
@@ -93,7 +93,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         sampling = [row for row in plan.rows if row.sampling is not None]
-        logits = self._decoder.forward(self._inputs(plan.rows), self._caches)
+        logits = self._decoder.forward(self._inputs(plan.rows), self.caches)
         return StepResult(_in_place(plan.rows, _sample(sampling, logits)))
 
     def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:

@@ -1,0 +1,114 @@
+"""Output tokens per second of the bare engine: core and runner in one thread, no HTTP, no detokenizer's text wanted.
+
+    python -m tests.benchmarks.bench_engine [MODEL_DIRECTORY] [--threads 2] [--prompt 220] [--output 100]
+
+Without a directory it draws a Llama of 4 layers and 5 million parameters: speed does not depend on what the weights say.
+At each concurrency every request arrives at once, with a prompt of its own (no prefix is shared); the figures are over
+the whole run, prefill included, and over the steps that only decode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from engine.core import EngineCore
+from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears, choose_segment
+from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
+from engine.weights import load_parameters, read_json
+from kernels.paged_attention import SEGMENTS
+from tests.support.byte_tokenizer import EOS, detokenizer_for
+from tests.support.engine_core import make_limits, make_request
+
+BUDGET = 512  # tokens of a step
+CONCURRENCIES = (1, 8, 32)
+
+
+def draw_model(directory: Path) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def load(directory: Path) -> tuple[Decoder, str]:
+    config = DecoderConfig.from_json(read_json(directory, "config.json"))
+    linears, segment = choose_linears(config, BUDGET), choose_segment(config)
+    parameters = load_parameters(directory, parameter_shapes(config))
+    fixed = [f"{rows}x{columns}" for (rows, columns), name in linears.items() if name != "library"]
+    chosen = f"attention {segment}; products not by the library: {', '.join(fixed) or 'none'}"
+    return Decoder(config, parameters, LinearByShape(linears), SEGMENTS[segment]), chosen
+
+
+def make_core(decoder: Decoder) -> EngineCore:
+    config = decoder.config
+    limits = make_limits(
+        vocabulary_size=config.vocab_size,
+        context_length=config.max_position_embeddings,
+        token_budget=BUDGET,
+        chunk_tokens=BUDGET,
+    )
+    runner = ModelRunner(decoder, blocks_in(512, config))
+    return EngineCore(runner, limits, eos_ids=frozenset({EOS}), detokenizer_for=detokenizer_for)
+
+
+def measure(decoder: Decoder, concurrency: int, prompt: int, output: int) -> str:
+    core = make_core(decoder)
+    for index in range(concurrency):
+        tokens = [3 + (7919 * index + 31 * at) % (decoder.config.vocab_size - 3) for at in range(prompt)]
+        core.add(make_request(str(index), tokens, output, seed=index, logprobs=False, ignore_eos=True))
+    begun, decoding_s, decoded = time.perf_counter(), 0.0, 0
+    while core.has_work:
+        before, start = core.metrics(), time.perf_counter()
+        core.step()
+        after = core.metrics()
+        tokens_out = after.generation_tokens - before.generation_tokens
+        if after.computed_tokens - before.computed_tokens == tokens_out:
+            decoding_s += time.perf_counter() - start
+            decoded += tokens_out
+    total = time.perf_counter() - begun
+    whole = concurrency * output / total
+    return f"{concurrency:>11} {whole:>14.0f} {decoded / decoding_s:>14.0f} {total:>9.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="output tokens per second of the bare engine")
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prompt", type=int, default=220)
+    parser.add_argument("--output", type=int, default=100)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        decoder, products = load(chosen.model or draw_model(Path(temporary)))
+    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(decoder.config).values())
+    load_average = os.getloadavg()[0]
+    print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"torch {torch.__version__}, {chosen.threads} threads, load average before the run {load_average:.1f}")
+    print(f"model: {decoder.config.family}, {parameters / 1e6:.1f} M parameters; {products}")
+    print(f"prompt {chosen.prompt} tokens, output {chosen.output}, temperature 1")
+    print("concurrency  out tok/s all  decode tok/s   total s")
+    measure(decoder, 1, 20, 5)
+    for concurrency in CONCURRENCIES:
+        print(measure(decoder, concurrency, chosen.prompt, chosen.output))
+
+
+if __name__ == "__main__":
+    main()

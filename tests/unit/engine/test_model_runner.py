@@ -1,0 +1,93 @@
+"""The runner on hand-made plans: rows in, samples out in their order, and nothing read that was not planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.model_runner import (
+    LINEARS,
+    InvarianceUnavailable,
+    ModelRunner,
+    blocks_in,
+    choose_linears,
+    choose_segment,
+)
+from engine.plan import BLOCK_SIZE, RowPlan, StepPlan
+from engine.request import SamplingParams
+from tests.support.model_engine import LoadedModel, load_model
+
+GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0, logprobs=True, top_logprobs=5)
+
+
+@pytest.fixture
+def model(tiny_models: dict[str, Path]) -> LoadedModel:
+    return load_model(tiny_models["qwen3"])
+
+
+def row(tokens: list[int], start: int = 0, blocks: tuple[int, ...] = (3, 1, 4), sampled: bool = True) -> RowPlan:
+    return RowPlan(tuple(tokens), start, blocks, GREEDY if sampled else None)
+
+
+def test_samples_stand_where_their_rows_do(model: LoadedModel) -> None:
+    runner = ModelRunner(model.decoder, 16)
+    rows = (row([5, 6], blocks=(0,)), row([7], blocks=(1,), sampled=False), row([8, 9, 10], blocks=(2,)))
+    sampled = runner.run(StepPlan(rows)).sampled
+    assert sampled[1] is None
+    for index in (0, 2):
+        assert sampled[index] == runner.run(StepPlan((rows[index],))).sampled[0]
+
+
+def test_a_step_that_samples_nothing_only_stores(model: LoadedModel) -> None:
+    runner = ModelRunner(model.decoder, 16)
+    tokens = [3 + index % 300 for index in range(40)]
+    whole = runner.run(StepPlan((row(tokens),))).sampled[0]
+    other = ModelRunner(model.decoder, 16)
+    assert other.run(StepPlan((row(tokens[:33], sampled=False),))).sampled == (None,)
+    assert other.run(StepPlan((row(tokens[33:], start=33),))).sampled[0] == whole
+
+
+def test_every_token_but_the_last_in_steps_of_one_gives_the_same_bits(model: LoadedModel) -> None:
+    tokens = [3 + index * index % 300 for index in range(20)]
+    whole = ModelRunner(model.decoder, 16).run(StepPlan((row(tokens),))).sampled[0]
+    runner = ModelRunner(model.decoder, 16)
+    for position, token in enumerate(tokens[:-1]):
+        runner.run(StepPlan((row([token], start=position, sampled=False),)))
+    assert runner.run(StepPlan((row(tokens[-1:], start=19),))).sampled[0] == whole
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 3e38])
+def test_what_others_left_in_the_cache_is_never_read(model: LoadedModel, poison: float) -> None:
+    clean, dirty = ModelRunner(model.decoder, 16), ModelRunner(model.decoder, 16)
+    for cache in dirty.caches:
+        for tensor in (cache.key, cache.value):
+            tensor[:-1] = poison
+    # The table is longer than the context, and the last block is filled in part.
+    plan = StepPlan((row([5, 6, 7], blocks=(9, 2, 8)), row(list(range(10, 30)), blocks=(0, 1))))
+    assert dirty.run(plan) == clean.run(plan)
+
+
+def test_as_many_blocks_are_made_as_fit_the_memory(model: LoadedModel) -> None:
+    config = model.config
+    per_block = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BLOCK_SIZE
+    assert blocks_in(1, config) == 2**20 // per_block
+    runner = ModelRunner(model.decoder, 5)
+    assert runner.block_count == 5
+    assert {cache.key.shape[0] for cache in runner.caches} == {6}
+
+
+def test_each_shape_of_the_model_has_a_product(model: LoadedModel) -> None:
+    chosen = choose_linears(model.config, 64)
+    assert set(chosen) == set(model.config.linear_shapes())
+    assert set(chosen.values()) <= set(LINEARS)
+    assert choose_segment(model.config) in {"fused", "tiled"}
+
+
+def test_a_machine_without_an_invariant_product_does_not_start(model: LoadedModel) -> None:
+    def leaning(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return x @ weight.T + x.shape[0]
+
+    with pytest.raises(InvarianceUnavailable, match="could not be replayed"):
+        choose_linears(model.config, 64, {"leaning": leaning})
