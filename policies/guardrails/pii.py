@@ -23,6 +23,7 @@ MAX_DOMAIN = 255
 CARD_DIGITS = range(13, 20)
 MAX_IBAN = 34
 MIN_IBAN = 15
+_DOUBLED = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)  # twice the digit, its own digits added
 
 _LOCAL = re2.compile(r"[\pL\pN._%+'!#$*~-]+$")
 _DOMAIN = re2.compile(r"[\pL\pN-][\pL\pN.-]*")
@@ -57,16 +58,24 @@ def _find_card(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _card_end(text: str, groups: list[tuple[int, int]]) -> int | None:
-    """Return where the longest card ends that the first groups make."""
+    """Return where the longest card ends that the first groups make.
+
+    Luhn's sum is kept for both parities while digits are added, so every length costs one step; the library confirms.
+    """
     digits, end, found = "", groups[0][0], None
+    sums = [0, 0]  # sums[p]: digits at positions of parity p count twice
     for begin, finish in groups:
         if digits and not (begin == end + 1 and text[end] in " -"):
             break
-        digits += text[begin : min(finish, begin + max(CARD_DIGITS) + 1)]
-        end = finish
-        if len(digits) > max(CARD_DIGITS):
+        if len(digits) + finish - begin > max(CARD_DIGITS):
             break
-        if len(digits) in CARD_DIGITS and luhn.is_valid(digits):
+        for digit in text[begin:finish]:
+            parity, value = len(digits) % 2, int(digit)
+            sums[parity] += _DOUBLED[value]
+            sums[1 - parity] += value
+            digits += digit
+        end = finish
+        if len(digits) in CARD_DIGITS and sums[len(digits) % 2] % 10 == 0 and luhn.is_valid(digits):
             found = end
     return found
 
