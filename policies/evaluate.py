@@ -83,6 +83,7 @@ class _Compiled:
     denies: tuple[_CompiledRule, ...]
     allows: tuple[_CompiledRule, ...]
     classes: dict[str, frozenset[str]]  # purpose → data classes
+    expires: dict[str, date]  # alias → the last day of its approval
     obligations: dict[tuple[str, ...], _Combined]  # ids of matching allows → what they oblige to; bounded by eviction
 
 
@@ -129,6 +130,7 @@ def _compile_policy(policy: EffectivePolicy) -> _Compiled:
         denies=tuple(rule for rule in rules if rule.rule.effect == "deny"),
         allows=tuple(rule for rule in rules if rule.rule.effect == "allow"),
         classes=_data_classes(documents),
+        expires={alias: date.fromisoformat(model.expires) for alias, model in policy.models.items()},
         obligations={},
     )
 
@@ -231,7 +233,7 @@ def _decide(request: AccessRequest, compiled: _Compiled, loaded: frozenset[str])
     model = compiled.policy.document.models.get(request.model)
     if model is None:
         return Decision.deny(DeniedBy.MODEL, compiled.digest, Reason("model_unknown"))
-    refusal = _model_refusal(model.version, model.expires, request.at, loaded)
+    refusal = _model_refusal(model.version, compiled.expires[request.model], request.at, loaded)
     if refusal is not None:
         return Decision.deny(DeniedBy.MODEL, compiled.digest, Reason(refusal))
     combined = _combined(compiled, allowing)
@@ -254,7 +256,10 @@ def _decide(request: AccessRequest, compiled: _Compiled, loaded: frozenset[str])
 
 
 def _matches(rule: _CompiledRule, request: AccessRequest, classes: frozenset[str]) -> bool:
-    return all(condition(request, classes) for condition in rule.conditions)
+    for condition in rule.conditions:  # noqa: SIM110 - a generator would cost as much as the conditions
+        if not condition(request, classes):
+            return False
+    return True
 
 
 def _nothing_allows(request: AccessRequest, compiled: _Compiled, classes: frozenset[str]) -> Decision:
@@ -266,8 +271,8 @@ def _nothing_allows(request: AccessRequest, compiled: _Compiled, classes: frozen
     return Decision.deny(by, compiled.digest, Reason("model_not_allowed" if but_for_model else "default_deny"))
 
 
-def _model_refusal(version: str, expires: str, at: datetime, loaded: frozenset[str]) -> str | None:
-    if at.date() > date.fromisoformat(expires):
+def _model_refusal(version: str, expires: date, at: datetime, loaded: frozenset[str]) -> str | None:
+    if at.date() > expires:
         return "model_approval_expired"
     return None if version in loaded else "model_not_loaded"
 

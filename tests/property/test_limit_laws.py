@@ -30,6 +30,10 @@ class Happened:
     running: bool = True
 
 
+def slot_end(at: float) -> float:
+    return (math.floor(at / DAY_SLOT_S) + 1) * DAY_SLOT_S
+
+
 class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -46,10 +50,9 @@ class LedgerMachine(RuleBasedStateMachine):
         ]
         now = self.clock.now
         if limit.kind is LimitKind.CONCURRENCY:
-            return sum(h.running for h in own)
+            return sum(1 for h in own if h.running)
         if limit.kind is LimitKind.TOKENS_PER_DAY:
-            slot = lambda at: (math.floor(at / DAY_SLOT_S) + 1) * DAY_SLOT_S  # noqa: E731
-            return sum(h.tokens for h in own if slot(h.at) > now - DAY_S)
+            return sum(h.tokens for h in own if slot_end(h.at) > now - DAY_S)
         minute = [h for h in own if h.at > now - MINUTE_S]
         return len(minute) if limit.kind is LimitKind.REQUESTS_PER_MINUTE else sum(h.tokens for h in minute)
 
