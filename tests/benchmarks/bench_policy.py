@@ -17,7 +17,7 @@ from policies.evaluate import evaluate
 from policies.guardrails import OutputInspector, inspect_input
 from policies.limits import Holder, LimitLedger
 from policies.request import AccessRequest
-from tests.benchmarks.bench_credential import machine
+from tests.benchmarks.machine import describe_machine
 from tests.support.guardrails import CARDS, input_spec, output_spec
 from tests.support.naive_policy import evaluate_naive
 from tests.support.policies import LOADED, VERSION, request
@@ -112,7 +112,7 @@ def _stream(chunks: list[str], specs: list[GuardrailSpec]) -> None:
 
 
 if __name__ == "__main__":
-    print(machine())
+    print(describe_machine())
     bench_decisions()
     bench_ledger()
     bench_input()
