@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any
 
 from policies.decision import (
     Adjustment,
@@ -53,8 +53,6 @@ DEFAULT_TEMPERATURE = Decimal(1)  # OpenAI's defaults
 DEFAULT_TOP_P = Decimal(1)
 _UTC = timedelta(0)
 
-Number = TypeVar("Number", int, Decimal)
-
 Condition = Callable[[AccessRequest, frozenset[str]], bool]  # (request, data classes of its purpose)
 
 
@@ -85,12 +83,22 @@ class _Compiled:
     denies: tuple[_CompiledRule, ...]
     allows: tuple[_CompiledRule, ...]
     classes: dict[str, frozenset[str]]  # purpose → data classes
+    expires: dict[str, date]  # alias → the last day of its approval
     obligations: dict[tuple[str, ...], _Combined]  # ids of matching allows → what they oblige to; bounded by eviction
 
 
 @dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What all bounds on one parameter come to."""
+
+    usual: int | Decimal | None  # granted where nothing was asked
+    maximum: int | Decimal | None  # above it, the request is clamped
+    refused_above: int | Decimal | None  # above it, the request is refused
+
+
+@dataclass(frozen=True, slots=True)
 class _Combined:
-    params: tuple[Params, ...]
+    params: tuple[tuple[str, _Bounds], ...]  # in the order of GrantedParams
     guardrails: tuple[GuardrailSpec, ...]
     limits: tuple[LimitSpec, ...]
     record: RecordSpec | None
@@ -122,6 +130,7 @@ def _compile_policy(policy: EffectivePolicy) -> _Compiled:
         denies=tuple(rule for rule in rules if rule.rule.effect == "deny"),
         allows=tuple(rule for rule in rules if rule.rule.effect == "allow"),
         classes=_data_classes(documents),
+        expires={alias: date.fromisoformat(model.expires) for alias, model in policy.models.items()},
         obligations={},
     )
 
@@ -222,9 +231,11 @@ def _decide(request: AccessRequest, compiled: _Compiled, loaded: frozenset[str])
     if not allowing:
         return _nothing_allows(request, compiled, classes)
     model = compiled.policy.document.models.get(request.model)
-    refusal = "model_unknown" if model is None else _model_refusal(model.version, model.expires, request.at, loaded)
-    if model is None or refusal is not None:
-        return Decision.deny(DeniedBy.MODEL, compiled.digest, Reason(refusal or "model_unknown"))
+    if model is None:
+        return Decision.deny(DeniedBy.MODEL, compiled.digest, Reason("model_unknown"))
+    refusal = _model_refusal(model.version, compiled.expires[request.model], request.at, loaded)
+    if refusal is not None:
+        return Decision.deny(DeniedBy.MODEL, compiled.digest, Reason(refusal))
     combined = _combined(compiled, allowing)
     params, adjustments, excess = _grant(request.params, combined.params)
     if excess is not None:
@@ -245,7 +256,10 @@ def _decide(request: AccessRequest, compiled: _Compiled, loaded: frozenset[str])
 
 
 def _matches(rule: _CompiledRule, request: AccessRequest, classes: frozenset[str]) -> bool:
-    return all(condition(request, classes) for condition in rule.conditions)
+    for condition in rule.conditions:  # noqa: SIM110 - a generator would cost as much as the conditions
+        if not condition(request, classes):
+            return False
+    return True
 
 
 def _nothing_allows(request: AccessRequest, compiled: _Compiled, classes: frozenset[str]) -> Decision:
@@ -257,8 +271,8 @@ def _nothing_allows(request: AccessRequest, compiled: _Compiled, classes: frozen
     return Decision.deny(by, compiled.digest, Reason("model_not_allowed" if but_for_model else "default_deny"))
 
 
-def _model_refusal(version: str, expires: str, at: datetime, loaded: frozenset[str]) -> str | None:
-    if at.date() > date.fromisoformat(expires):
+def _model_refusal(version: str, expires: date, at: datetime, loaded: frozenset[str]) -> str | None:
+    if at.date() > expires:
         return "model_approval_expired"
     return None if version in loaded else "model_not_loaded"
 
@@ -289,7 +303,7 @@ def _combine(policy: EffectivePolicy, rules: list[Rule]) -> _Combined:
         guardrails |= floor.guardrails
         records |= floor.records
     return _Combined(
-        params=tuple(params),
+        params=_bounds(params),
         guardrails=tuple(_guardrail(name, guardrails[name]) for name in sorted(guardrails)),
         limits=_strictest_limits(limits),
         record=_longest_kept(records),
@@ -332,41 +346,48 @@ def _longest_kept(records: dict[str, RecordClass]) -> RecordSpec | None:
     return None if longest is None else replace(longest, hot_days=max(record.hot_days for record in kept))
 
 
-def _grant(
-    asked: RequestedParams, bounds: tuple[Params, ...]
-) -> tuple[GrantedParams, tuple[Adjustment, ...], str | None]:
-    """Return what is granted, what was clamped, and the first parameter that is rejected, if one is.
+def _bounds(params: list[Params]) -> tuple[tuple[str, _Bounds], ...]:
+    """Return what holds for each parameter.
 
     Each bound says itself what exceeding it does: one that rejects is not softened by another that clamps, and one that
-    clamps is not hardened by one that was kept. What the caller left open gets its default, or the bound where that is
-    lower: nothing was asked, nothing exceeded.
+    clamps is not hardened by one that was kept. What the caller leaves open gets its default, or the bound where that
+    is lower: nothing was asked, nothing exceeded.
     """
-    tokens = [bound.max_output_tokens for bound in bounds if bound.max_output_tokens]
-    temperatures = [bound.temperature.max for bound in bounds if bound.temperature]
-    top_ps = [bound.top_p.max for bound in bounds if bound.top_p]
-    default = min((bound.default or bound.max for bound in tokens), default=None)
-    granted = GrantedParams(
-        max_tokens=default if asked.max_tokens is None else _least(asked.max_tokens, [b.max for b in tokens]),
-        temperature=_least(DEFAULT_TEMPERATURE if asked.temperature is None else asked.temperature, temperatures),
-        top_p=_least(DEFAULT_TOP_P if asked.top_p is None else asked.top_p, top_ps),
-        n=_least(asked.n, [bound.n.max for bound in bounds if bound.n]),
+    tokens = [bound.max_output_tokens for bound in params if bound.max_output_tokens]
+    return (
+        ("max_tokens", _bound(params, "max_output_tokens", min((b.default or b.max for b in tokens), default=None))),
+        ("temperature", _bound(params, "temperature", DEFAULT_TEMPERATURE)),
+        ("top_p", _bound(params, "top_p", DEFAULT_TOP_P)),
+        ("n", _bound(params, "n", 1)),
     )
-    adjustments = tuple(
-        Adjustment(name, str(old), str(getattr(granted, name)))
-        for name in ("max_tokens", "temperature", "top_p", "n")
-        if (old := getattr(asked, name)) is not None and old != getattr(granted, name)
+
+
+def _bound(params: list[Params], member: str, usual: int | Decimal | None) -> _Bounds:
+    given = [(getattr(bound, member).max, bound.on_excess) for bound in params if getattr(bound, member) is not None]
+    maximum = min((most for most, _ in given), default=None)
+    return _Bounds(
+        usual=usual if maximum is None or usual is None else min(usual, maximum),
+        maximum=maximum,
+        refused_above=min((most for most, on_excess in given if on_excess == "reject"), default=None),
     )
-    rejected = next((a.param for a in adjustments if _rejects(getattr(asked, a.param), a.param, bounds)), None)
-    return granted, adjustments, rejected
 
 
-_MEMBERS = {"max_tokens": "max_output_tokens", "temperature": "temperature", "top_p": "top_p", "n": "n"}
-
-
-def _rejects(asked: int | Decimal, param: str, bounds: tuple[Params, ...]) -> bool:
-    own = [(getattr(bound, _MEMBERS[param]), bound.on_excess) for bound in bounds]
-    return any(bound is not None and asked > bound.max and on_excess == "reject" for bound, on_excess in own)
-
-
-def _least(value: Number, maxima: list[Number]) -> Number:
-    return min(value, *maxima) if maxima else value
+def _grant(
+    asked: RequestedParams, params: tuple[tuple[str, _Bounds], ...]
+) -> tuple[GrantedParams, tuple[Adjustment, ...], str | None]:
+    """Return what is granted, what was clamped, and the first parameter that is refused, if one is."""
+    granted: list[Any] = []
+    adjustments: tuple[Adjustment, ...] = ()
+    values = (asked.max_tokens, asked.temperature, asked.top_p, asked.n)
+    refused: str | None = None
+    for value, (name, bounds) in zip(values, params, strict=True):
+        if value is None:
+            granted.append(bounds.usual)
+        elif bounds.maximum is None or value <= bounds.maximum:
+            granted.append(value)
+        else:
+            granted.append(bounds.maximum)
+            adjustments += (Adjustment(name, str(value), str(bounds.maximum)),)
+            if refused is None and bounds.refused_above is not None and value > bounds.refused_above:
+                refused = name
+    return GrantedParams(*granted), adjustments, refused

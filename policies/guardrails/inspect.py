@@ -121,13 +121,23 @@ class _Stream:
     def __init__(self, specs: list[GuardrailSpec]) -> None:
         self._specs = specs
         self._hold_all = any(spec.mode is StreamingMode.HOLD_ALL for spec in specs)
-        self._hold = max((_hold(spec) for spec in specs), default=0)
         self._context = ""  # folded; the last released characters: what a finder looks at before a start
         self._held = ""
         self._counts: list[Counter[str]] = [Counter() for _ in specs]
         self._failed: set[int] = set()
+        self._scanned = False
         self._finished = False
         self.halted_by: str | None = None
+        self._hold = max((self._longest(position) for position in range(len(specs))), default=0)
+
+    def _longest(self, position: int) -> int:
+        """Return how much a guardrail holds: what the policy says, and never less than its longest match."""
+        spec = self._specs[position]
+        try:
+            return max(spec.hold_chars, longest_span(spec.detector, spec.entities) or 0)
+        except Exception:  # fail closed, as above
+            self._fail(position)
+            return spec.hold_chars
 
     def push(self, text: str) -> str:
         if not self._specs:
@@ -142,7 +152,7 @@ class _Stream:
         return self._release(len(self._held)) if self._specs else ""
 
     def verdicts(self, ended: bool) -> list[Verdict]:
-        ran = self._finished or ended
+        ran = self._finished or (ended and self._scanned)
         return [_verdict(spec, self._counts[at], at in self._failed, ran=ran) for at, spec in enumerate(self._specs)]
 
     def _final(self) -> int:
@@ -196,20 +206,19 @@ class _Stream:
             try:
                 spans += _spans(text, spec, position)
             except Exception:  # fail closed, as above
-                self._failed.add(position)
-                self.halted_by = self.halted_by or spec.id
-                self._held = ""
+                self._fail(position)
+        self._scanned = True
         return [_Span(s.start - known, s.end - known, s.entity, s.guardrail) for s in spans if s.start >= known]
+
+    def _fail(self, position: int) -> None:
+        self._failed.add(position)
+        self.halted_by = self.halted_by or self._specs[position].id
+        self._held = ""
 
     def _count(self, spans: Iterable[_Span]) -> None:
         found = list(spans)
         for position, counts in enumerate(self._counts):
             counts.update(_counts(found, position))
-
-
-def _hold(spec: GuardrailSpec) -> int:
-    """Return how much is held: what the policy says, and never less than the longest match."""
-    return max(spec.hold_chars, longest_span(spec.detector, spec.entities) or 0)
 
 
 def _spans(text: str, spec: GuardrailSpec, position: int) -> list[_Span]:

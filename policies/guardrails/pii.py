@@ -20,9 +20,11 @@ from policies.guardrails.pattern import Entity, occurrences
 
 MAX_LOCAL_PART = 64  # RFC 5321
 MAX_DOMAIN = 255
-CARD_DIGITS = range(13, 20)
+MAX_CARD = 19
+CARD_DIGITS = range(13, MAX_CARD + 1)
 MAX_IBAN = 34
 MIN_IBAN = 15
+_DOUBLED = (0, 2, 4, 6, 8, 1, 3, 5, 7, 9)  # twice the digit, its own digits added
 
 _LOCAL = re2.compile(r"[\pL\pN._%+'!#$*~-]+$")
 _DOMAIN = re2.compile(r"[\pL\pN-][\pL\pN.-]*")
@@ -51,22 +53,30 @@ def _find_card(text: str) -> Iterator[tuple[int, int]]:
     """A card is one or more groups of digits, a blank or a dash apart, that together pass Luhn."""
     groups = [match.span() for match in _DIGITS.finditer(text)]
     for first, (start, _) in enumerate(groups):
-        end = _card_end(text, groups[first : first + max(CARD_DIGITS)]) if text[start] in "23456" else None
+        end = _card_end(text, groups[first : first + MAX_CARD]) if text[start] in "23456" else None
         if end is not None:
             yield start, end
 
 
 def _card_end(text: str, groups: list[tuple[int, int]]) -> int | None:
-    """Return where the longest card ends that the first groups make."""
+    """Return where the longest card ends that the first groups make.
+
+    Luhn's sum is kept for both parities while digits are added, so every length costs one step; the library confirms.
+    """
     digits, end, found = "", groups[0][0], None
+    sums = [0, 0]  # sums[p]: digits at positions of parity p count twice
     for begin, finish in groups:
         if digits and not (begin == end + 1 and text[end] in " -"):
             break
-        digits += text[begin : min(finish, begin + max(CARD_DIGITS) + 1)]
-        end = finish
-        if len(digits) > max(CARD_DIGITS):
+        if len(digits) + finish - begin > MAX_CARD:
             break
-        if len(digits) in CARD_DIGITS and luhn.is_valid(digits):
+        for digit in text[begin:finish]:
+            parity, value = len(digits) % 2, int(digit)
+            sums[parity] += _DOUBLED[value]
+            sums[1 - parity] += value
+            digits += digit
+        end = finish
+        if len(digits) in CARD_DIGITS and sums[len(digits) % 2] % 10 == 0 and luhn.is_valid(digits):
             found = end
     return found
 
@@ -173,7 +183,7 @@ def _is_phone(text: str, region: str | None) -> bool:
 
 
 ENTITIES = (
-    Entity("card", r"[0-9](?:[ -]?[0-9]){12}", _find_card, max(CARD_DIGITS) * 2),
+    Entity("card", r"[0-9](?:[ -]?[0-9]){12}", _find_card, MAX_CARD * 2),
     Entity("email", r"@", _find_email, MAX_LOCAL_PART + 1 + MAX_DOMAIN + 1),
     Entity("iban", r"[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11}", _find_iban, 2 * MAX_IBAN),
     Entity("phone", r"\+[0-9]|[0-9]{3}[)]?[ .-]{1,2}[0-9]{3}[ .-][0-9]{4}", _find_phone, _LONGEST_PHONE + 1),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -46,7 +47,7 @@ def evaluate_naive(request: AccessRequest, policy: EffectivePolicy, loaded: froz
 
 
 def holds(when: dict[str, Any], request: AccessRequest, classes: set[str]) -> bool:
-    tests = {
+    tests: dict[str, Callable[[Any], bool]] = {
         "roles_any": lambda values: any(role in values for role in request.principal.roles),
         "clients_any": lambda values: request.principal.client in values,
         "actions_any": lambda values: request.action in values,
