@@ -3,12 +3,12 @@
 Numeric contract: row m of the result depends on row m of `x` and the weight alone, for every number of rows. Whether
 oneDNN keeps that in bfloat16 depends on the machine, the shape and the threads. Measured with torch 2.13 on one CPU,
 twelve shapes, up to 2,048 rows: with its AMX switched off (AVX512-bf16) all were invariant from two rows on; with AMX
-those of K ≤ 384 were, and most of K ≥ 512 were not, the change lying between 16 and 1,024 rows. The cause was not looked
-for. A single row may take another path than two, so it is given a companion.
+those of K ≤ 384 were, and most of K ≥ 512 were not, the change lying between 16 and 1,024 rows. The cause was not
+looked for. A single row may take another path than two, so it is given a companion.
 
 `linear_fixed_tiles` gives every product the same number of rows and was invariant for all of them. In one run on a busy
-machine, one thread, it took 1.03–1.3 times as long up to 32 rows for weights of 4 M values and more, up to twice as long
-for small ones, and 2.4–6.8 times at 512 rows. `verify_invariance` finds out, shape by shape, at start-up.
+machine, one thread, it took 1.03–1.3 times as long up to 32 rows for weights of 4 M values and more, up to twice as
+long for small ones, and 2.4–6.8 times at 512 rows. `verify_invariance` finds out, shape by shape, at start-up.
 """
 
 from __future__ import annotations

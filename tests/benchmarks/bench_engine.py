@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.bench_engine [MODEL_DIRECTORY] [--threads 2] [--prompt 220] [--output 100]
 
-Without a directory it draws a Llama of 4 layers and 5 million parameters: speed does not depend on what the weights say.
+Without a directory it draws a Llama of 4 layers and 5 million parameters: speed does not depend on what weights say.
 At each concurrency every request arrives at once, with a prompt of its own (no prefix is shared); the figures are over
 the whole run, prefill included, and over the steps that only decode.
 """
