@@ -37,6 +37,7 @@ from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore, StoreUnavailable
 
+UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
@@ -278,6 +279,16 @@ class Pipeline:
             prompt_to_model=grant.rendered.encode(),
         )
 
+    def _known_alias(self, question: Question) -> str:
+        """Return the alias as the policy writes it. One that it does not know is the caller's own text: it may name a
+        person, a leaf cannot be erased, and the prompt as sent holds it anyway."""
+        try:
+            policy = self._policies.current(question.principal.tenant)
+        except StoreUnavailable:
+            return UNKNOWN_ALIAS
+        known = policy is not None and question.request.model in policy.models
+        return question.request.model if known else UNKNOWN_ALIAS
+
     async def _put_denial_on_record(self, question: Question, denied: Denied) -> ApiError:
         record = request_denied(
             tenant=question.principal.tenant,
@@ -286,7 +297,7 @@ class Pipeline:
             principal=principal_entry(question.principal),
             decision=decision_entry(denied.decision),
             code=denied.error.code,
-            model_alias=question.request.model,
+            model_alias=self._known_alias(question),
             guardrails=guardrail_entries(denied.verdicts),
             identities=_identities(question),
             prompt=question.body,
