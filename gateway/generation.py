@@ -27,14 +27,14 @@ from engine.request import (
     RequestRefused,
     choice_seed,
 )
-from gateway import errors
+from gateway import errors, spans
 from gateway.answer import Failure, Outbox, Usage
 from gateway.entries import guardrail_entries, limit_entries
 from gateway.error_responses import note_failure
 from gateway.errors import ApiError
 from gateway.grant import Grant
 from gateway.release import Release
-from gateway.telemetry import Telemetry
+from gateway.telemetry import Attributes, Telemetry
 from policies.guardrails import OutputInspector, Verdict
 from policies.limits import LimitLedger
 from policies.store import StoreUnavailable
@@ -107,17 +107,30 @@ class Generation:
 
     async def run(self) -> None:
         """Generate, release, close. Never raises: whatever happens is in the record and in the outbox."""
+        about = spans.granted(self._grant, self._engine.model)
+        with self._telemetry.stage("probity.generate", about) as note:
+            failure = await self._generated_or_failed()
+            note(self._figures())
         try:
-            await self._generate()
-            failure = None
-        except Exception as error:
-            self._abort()
-            failure = _named(error)
-        try:
-            await self._close(failure)
+            with self._telemetry.stage("probity.close"):
+                await self._close(failure)
         except Exception as error:  # the caller must not wait for ever; the next start closes it as interrupted
             note_failure("request_not_closed", error)
             self.outbox.put(Failure(errors.internal_error()))
+
+    async def _generated_or_failed(self) -> ApiError | None:
+        """Generate to the end; return what the caller is told if it fails."""
+        try:
+            await self._generate()
+        except Exception as error:
+            self._abort()
+            return _named(error)
+        return None
+
+    def _figures(self) -> Attributes:
+        reasons = [self._release.finish_reason(index) or "cancelled" for index in range(len(self._choices))]
+        output = sum(len(choice.tokens) for choice in self._choices)
+        return spans.generated(len(self._grant.prompt), self._cached_tokens(), output, reasons)
 
     # --- generating ---
 

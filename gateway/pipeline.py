@@ -21,7 +21,7 @@ from audit.log import AuditLog
 from audit.records import ModelEntry, Record, request_denied, request_received
 from audit.writer import LogUnavailable
 from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams
-from gateway import errors
+from gateway import errors, spans
 from gateway.answer import Outbox
 from gateway.entries import decision_entry, guardrail_entries, limit_entries, principal_entry, sampling_body
 from gateway.errors import ApiError
@@ -101,8 +101,10 @@ class Pipeline:
 
         Raises: ApiError, one row of contract.md's table; a refusal by policy carries its receipt.
         """
+        about = spans.asked(question.action, question.request_id, question.principal.tenant)
         try:
-            answer = await self._answer(question)
+            with self._telemetry.stage("probity.answer", about):
+                answer = await self._answer(question)
         except ApiError as error:
             self._telemetry.gateway.count_request(question.action, error.status, error.code)
             raise

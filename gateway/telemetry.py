@@ -12,7 +12,7 @@ Source: vLLM, production metrics; OpenTelemetry, generative AI conventions.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -36,6 +36,10 @@ _SHORT_SECONDS = (0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.0025, 0.005, 0.
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 AttributeValue = str | bool | int | float | Sequence[str]
+
+
+Attributes = Mapping[str, AttributeValue]
+Note = Callable[[Attributes], None]
 
 
 class LogState(Protocol):
@@ -190,33 +194,36 @@ class Telemetry:
         self._tracer: Tracer | None = self._provider.get_tracer("probity") if self._provider is not None else None
 
     @contextmanager
-    def stage(self, name: str, attributes: Mapping[str, AttributeValue] | None = None) -> Iterator[None]:
-        """Time a stage of a request, and make it a span where traces are on.
+    def stage(self, name: str, attributes: Attributes | None = None) -> Iterator[Note]:
+        """Time a stage of a request, and make it a span where traces are on; yields what notes more attributes on it.
 
         `name` is a constant of the code. An exception leaves its type on the span and nothing else of itself.
 
         Raises: ValueError: an attribute that semantic_conventions.py does not know.
         """
-        unknown = (attributes or {}).keys() - KNOWN_ATTRIBUTES
-        if unknown:
-            raise ValueError(f"no attribute is called {', '.join(sorted(unknown))}")
+        _check_known(attributes or {})
         start = time.perf_counter()
         try:
             if self._tracer is None:
-                yield
+                yield _check_known
             else:
-                with self._span(self._tracer, name, attributes or {}):
-                    yield
+                with self._span(self._tracer, name, attributes or {}) as note:
+                    yield note
         finally:
             self.gateway.observe_stage(name, time.perf_counter() - start)
 
     @contextmanager
-    def _span(self, tracer: Tracer, name: str, attributes: Mapping[str, AttributeValue]) -> Iterator[None]:
+    def _span(self, tracer: Tracer, name: str, attributes: Attributes) -> Iterator[Note]:
         with tracer.start_as_current_span(
             name, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
         ) as span:
+
+            def note(more: Attributes) -> None:
+                _check_known(more)
+                span.set_attributes(more)
+
             try:
-                yield
+                yield note
             except BaseException as error:
                 _mark_failed(span, error)
                 raise
@@ -230,6 +237,13 @@ class Telemetry:
     def close(self) -> None:
         if self._provider is not None:
             self._provider.shutdown()
+
+
+def _check_known(attributes: Attributes) -> None:
+    """Raise ValueError for a name that semantic_conventions.py does not know: it may carry what must not be seen."""
+    unknown = attributes.keys() - KNOWN_ATTRIBUTES
+    if unknown:
+        raise ValueError(f"no attribute is called {', '.join(sorted(unknown))}")
 
 
 def _mark_failed(span: Span, error: BaseException) -> None:
