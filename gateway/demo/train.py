@@ -133,7 +133,7 @@ def train(model: Any, tokenizer: PreTrainedTokenizerFast, steps: int, size: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1_300)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--batch", type=int, default=32, help="dialogues a step")
     parser.add_argument("--seed", type=int, default=20261120)
     parser.add_argument("--threads", type=int, default=1)
