@@ -60,6 +60,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock
         raise
     app = FastAPI(title="Probity", version="2026.11.0", lifespan=_lifespan, openapi_url=None)
     app.state.probity = state
+    app.state.key_client = key_client()
     for routes in (inference, models, receipts, health, audit, admin):
         app.include_router(routes.router)
     install_error_handlers(app)
@@ -162,6 +163,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state.engine.close()
     state.log.close()
     state.telemetry.close()
+    await app.state.key_client.aclose()
 
 
 def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:
@@ -199,7 +201,7 @@ def server(app: FastAPI) -> Server:
     state: AppState = app.state.probity
     settings = state.settings.server
     config = uvicorn.Config(
-        secured(app, key_client()),
+        secured(app, app.state.key_client),
         host=settings.host,
         port=settings.port,
         log_config=None,
