@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
@@ -280,16 +281,16 @@ def _effective(connection: Connection, tenant: str) -> EffectivePolicy | None:
     return None if document is None else compose(_active(connection, FLOOR_TENANT), document)
 
 
-def _stored(row: object) -> StoredVersion:
-    text: str = row.document  # type: ignore[attr-defined]
-    if "sha256:" + hashlib.sha256(text.encode()).hexdigest() != row.digest:  # type: ignore[attr-defined]
+def _stored(row: Any) -> StoredVersion:
+    text: str = row.document
+    if "sha256:" + hashlib.sha256(text.encode()).hexdigest() != row.digest:
         raise VersionDamaged("a stored policy version was changed outside of the gateway; restore the database")
     return StoredVersion(
-        tenant=row.tenant,  # type: ignore[attr-defined]
-        version=row.version,  # type: ignore[attr-defined]
+        tenant=row.tenant,
+        version=row.version,
         document=read_document(json.loads(text)),
-        digest=row.digest,  # type: ignore[attr-defined]
-        author=row.author,  # type: ignore[attr-defined]
-        reason=row.reason,  # type: ignore[attr-defined]
-        created_at=row.created_at,  # type: ignore[attr-defined]
+        digest=row.digest,
+        author=row.author,
+        reason=row.reason,
+        created_at=row.created_at,
     )
