@@ -85,19 +85,20 @@ class AuditLog:
     def open(cls, settings: LogSettings, *, create: bool = False, on_death: OnDeath = lambda why: None) -> AuditLog:
         """Open the log, close what earlier writers left open, and start to write.
 
-        With `create`, keys and ratchet are made where neither exists: the first start of an embedded log. A log that
-        has one without the other lost something, and is refused.
+        With `create`, keys and ratchet are made for a database that holds no log yet: the first start. A log that is
+        there without them lost something, and is refused: new ones would hide what was cut off or rewritten.
 
         Raises:
             KeyRefused, DatabaseRefused, KeyStoreError, RatchetError: a promise could not be kept; each says what to do.
         """
-        if create and not settings.keys.exists() and not settings.ratchet.exists():
-            Keyring.create(settings.keys)
-            Ratchet.create(settings.ratchet)
-        keyring = Keyring.load(settings.keys)
-        ratchet = Ratchet.load(settings.ratchet)
         database = Database.open(settings.database_url)
         try:
+            fresh = not settings.keys.exists() and not settings.ratchet.exists() and _holds_no_log(database)
+            if create and fresh:
+                Keyring.create(settings.keys)
+                Ratchet.create(settings.ratchet)
+            keyring = Keyring.load(settings.keys)
+            ratchet = Ratchet.load(settings.ratchet)
             _check_ratchet(database, ratchet)
             keystore = KeyStore.open(settings.keystore_url)
         except BaseException:
@@ -198,6 +199,11 @@ class AuditLog:
         with reading(self.database.reader) as connection:
             logs = connection.execute(select(head.c.log).order_by(head.c.log)).scalars().all()
         write_trust(self._settings.trust, [self.keyring.verifier(log) for log in logs])
+
+
+def _holds_no_log(database: Database) -> bool:
+    with reading(database.reader) as connection:
+        return connection.execute(select(head.c.log).limit(1)).first() is None
 
 
 def _check_ratchet(database: Database, ratchet: Ratchet) -> None:

@@ -1,7 +1,7 @@
 """An answer on its way to the caller: what may be sent, in order, and the outbox it waits in.
 
 Everything in an outbox is on record already; who reads it, how fast, or not at all, changes nothing about the record.
-The governed task (pipeline.py) writes, the HTTP side (streaming.py) reads; both live on one event loop.
+The governed task (generation.py) writes, the HTTP side (streaming.py) reads; both live on one event loop.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock
 
     Without `engine`, the model of the settings is loaded.
 
-    Raises: what a room raises that cannot keep its promise; see `StartRefused` in cli.py for the list.
+    Raises: what a room raises that cannot keep its promise; `START_REFUSALS` in start_refusal.py lists it.
     """
     log = open_log(settings)
     try:

@@ -54,7 +54,6 @@ class _Choice:
     request: GenerationRequest
     tokens: list[int]
     stats: GenerationStats | None = None
-    aborted: bool = False
 
 
 class Generation:
@@ -167,8 +166,8 @@ class Generation:
                 self._engine.abort(choice.request.request_id)
             if delta.finish_reason is not None:
                 choice.stats = delta.stats
-                choice.aborted = delta.finish_reason is FinishReason.ABORT
-                self._release.finish(index, "cancelled" if choice.aborted else delta.finish_reason.value)
+                cancelled = delta.finish_reason is FinishReason.ABORT
+                self._release.finish(index, "cancelled" if cancelled else delta.finish_reason.value)
 
     def _abort(self) -> None:
         for choice in self._choices:
