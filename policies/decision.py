@@ -49,7 +49,7 @@ class LimitKind(StrEnum):
 
 
 class StreamingMode(StrEnum):
-    WINDOW = "window"  # the last `hold_chars` are held until what follows was scanned
+    WINDOW = "window"  # what may be part of a match is held, at most the last `hold_chars`
     HOLD_ALL = "hold_all"  # nothing is released before the answer is whole
 
 

@@ -1,10 +1,11 @@
 """Inspection: guardrails over a prompt at once, and over an answer while it streams.
 
-Streaming keeps one rule: *delivered ≤ scanned*. The last `hold_chars` characters are held, because a match may still
-begin or end in them. Every finder is local (pattern.py): once `longest` characters from a start on are known, what
-starts there is final, and only what is final is released or acted upon. So the released text is the same however the
-answer was cut into chunks, a number that is split over any two of them never leaves, and a finding that blocks lets
-out what stood before it and nothing of itself.
+Streaming keeps one rule: *delivered ≤ scanned*. What may still be part of a match is held: from where the end of the
+text looks like the beginning of one, at most the last `hold_chars` characters. Every finder is local (pattern.py):
+what starts at a place is final once its `longest` characters are known, and before that where the text is settled.
+Only what is final is released or acted upon. So the released text is the same however the answer was cut into chunks,
+a number that is split over any two of them never leaves, and a finding that blocks lets out what stood before it and
+nothing of itself.
 
 Matches that overlap are one finding with one marker. "Not run" is never "passed": an answer that ends early was
 scanned as far as it goes, and says so.
@@ -79,7 +80,8 @@ def inspect_input(text: str, specs: Sequence[GuardrailSpec]) -> InputInspection:
 class OutputInspector:
     """One choice's output guardrails. Text goes in as it is generated; what may leave comes out.
 
-    Guardrails that only flag look at the same text in a stream of their own, so that they delay nothing.
+    Guardrails that only flag look in a stream of their own at what the enforcing ones let pass or halted at: so they
+    delay nothing, and what they find does not depend on the chunks either.
     """
 
     def __init__(self, specs: Iterable[GuardrailSpec]) -> None:
@@ -97,15 +99,20 @@ class OutputInspector:
         """Take newly generated text and return what may be released now; nothing, once halted."""
         if self.halted_by is not None:
             return ""
-        self._flagging.push(text)
-        return self._enforcing.push(text) if self._flagging.halted_by is None else ""
+        released = self._enforcing.push(text)
+        self._flagging.push(self._enforcing.take_seen())
+        if self._enforcing.halted_by is not None:
+            self._flagging.finish()
+        return released if self._flagging.halted_by is None else ""
 
     def finish(self) -> str:
         """No more text will come: everything is final. Return the rest that may be released."""
         if self.halted_by is not None:
             return ""
+        released = self._enforcing.finish()
+        self._flagging.push(self._enforcing.take_seen())
         self._flagging.finish()
-        return self._enforcing.finish() if self._flagging.halted_by is None else ""
+        return released if self._flagging.halted_by is None else ""
 
     def verdicts(self) -> tuple[Verdict, ...]:
         ended = self.halted_by is not None
@@ -123,6 +130,7 @@ class _Stream:
         self._hold_all = any(spec.mode is StreamingMode.HOLD_ALL for spec in specs)
         self._context = ""  # folded; the last released characters: what a finder looks at before a start
         self._held = ""
+        self._seen = ""  # as generated: what was let go, and what halted
         self._counts: list[Counter[str]] = [Counter() for _ in specs]
         self._failed: set[int] = set()
         self._scanned = False
@@ -141,27 +149,39 @@ class _Stream:
 
     def push(self, text: str) -> str:
         if not self._specs:
+            self._seen += text
             return text
+        if self.halted_by is not None:
+            return ""
         self._held += text
-        if self._hold_all or len(self._held) <= self._hold:
+        if self._hold_all:
             return ""
         return self._release(self._final())
 
     def finish(self) -> str:
         self._finished = True
-        return self._release(len(self._held)) if self._specs else ""
+        return self._release(len(self._held)) if self._specs and self.halted_by is None else ""
+
+    def take_seen(self) -> str:
+        """Return the original text that was decided since this was last asked, up to the end of what halted."""
+        seen, self._seen = self._seen, ""
+        return seen
 
     def verdicts(self, ended: bool) -> list[Verdict]:
         ran = self._finished or (ended and self._scanned)
         return [_verdict(spec, self._counts[at], at in self._failed, ran=ran) for at, spec in enumerate(self._specs)]
 
     def _final(self) -> int:
-        """Return the position before which no match can still grow. Characters that fold to nothing do not count."""
+        """Return the position before which no match can still begin or grow. What folds to nothing does not count."""
         folded = fold(self._held)
-        settled = len(folded.text) - self._hold
-        if folded.origins is None or settled <= 0:
+        try:
+            looks_settled = min(prefilter(spec.detector, spec.entities).settled(folded.text) for spec in self._specs)
+        except Exception:  # fail closed: `_scan` will fail on the same text, and say so
+            looks_settled = 0
+        settled = max(looks_settled, len(folded.text) - self._hold)
+        if folded.origins is None:
             return settled
-        return folded.origins[settled]
+        return folded.origins[settled] if settled < len(folded.origins) else len(self._held)
 
     def _release(self, final: int) -> str:
         """Release the held text before `final`, or before the first finding that reaches over it or halts."""
@@ -182,13 +202,16 @@ class _Stream:
         self._count(passed)
         redacted = [span for span in passed if self._specs[span.guardrail].action is Action.REDACT]
         released = _redact(self._held[:cut], _merge(redacted))
+        self._seen += self._held[:cut]
         self._context = (self._context + fold(self._held[:cut]).text)[-CONTEXT:]
         self._held = self._held[cut:]
         return released
 
     def _halt(self, span: _Span, spans: list[_Span], cut: int) -> str:
         """End the answer: what stands before the finding may leave, unless the answer leaves whole or not at all."""
+        seen = self._seen + self._held[: span.end]
         released = "" if self._hold_all else self._let_go(cut, spans)
+        self._seen = seen
         self._count([span])
         self.halted_by = self._specs[span.guardrail].id
         self._held = ""

@@ -2,8 +2,9 @@
 
 A finder is *local*: whether text[s:e] is a match depends on at most `CONTEXT` characters before s and `longest` from s
 on, plus one. That makes streaming exact: once these are known, the matches that start at s are final, whatever comes
-later (inspect.py). So a finder looks at every place where a match may begin; it never skips one because an earlier
-match covers it, except where both end alike.
+later (inspect.py). Most text is final sooner: an entity's `unsettled` says how a text ends in which a match may still
+begin or grow; what stands before that is settled. A finder looks at every place where a match may begin; it never skips
+one because an earlier match covers it, except where both end alike.
 
 Matching is linear: RE2 only, over the text once or over a bounded slice behind each start (RE2's binding encodes the
 whole text at every call: searching on from a position would be quadratic). Where Hyperscan is installed it says first,
@@ -33,8 +34,18 @@ Finder = Callable[[str], Iterator[tuple[int, int]]]
 class Entity:
     name: str  # `[a-z0-9_]+`
     trigger: str  # a pattern that occurs in every text in which `find` finds something; RE2 and Hyperscan syntax
+    # A pattern of every end of a text from which, with more text, a match could begin that is not found yet, or grow.
+    unsettled: str
     find: Finder  # folded text → spans
     longest: int  # characters of folded text that a match spans at most
+
+
+def beginning(literal: str) -> str:
+    """Return a pattern of the literal's proper beginnings: `k(?:e)?` for `key`."""
+    pattern = ""
+    for character in reversed(literal[:-1]):
+        pattern = re2.escape(character) + (f"(?:{pattern})?" if pattern else "")
+    return pattern
 
 
 def occurrences(text: str, literal: str) -> Iterator[int]:
@@ -51,7 +62,13 @@ class Prefilter:
     def __init__(self, entities: Sequence[Entity], *, use_hyperscan: bool = True) -> None:
         self._entities = tuple(entities)
         self._triggers = [re2.compile(entity.trigger) for entity in entities]
+        self._unsettled = re2.compile(f"(?:{'|'.join(entity.unsettled for entity in entities)})" + r"\z")
         self._database = _compile(entities) if use_hyperscan and hyperscan is not None else None
+
+    def settled(self, text: str) -> int:
+        """Return the position before which no match can begin or grow any more, whatever text follows."""
+        match = self._unsettled.search(text)
+        return len(text) if match is None else int(match.start())
 
     def candidates(self, text: str) -> list[Entity]:
         if self._database is None:

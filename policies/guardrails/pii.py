@@ -183,9 +183,27 @@ def _is_phone(text: str, region: str | None) -> bool:
 
 
 ENTITIES = (
-    Entity("card", r"[0-9](?:[ -]?[0-9]){12}", _find_card, MAX_CARD * 2),
-    Entity("email", r"@", _find_email, MAX_LOCAL_PART + 1 + MAX_DOMAIN + 1),
-    Entity("iban", r"[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11}", _find_iban, 2 * MAX_IBAN),
-    Entity("phone", r"\+[0-9]|[0-9]{3}[)]?[ .-]{1,2}[0-9]{3}[ .-][0-9]{4}", _find_phone, _LONGEST_PHONE + 1),
-    Entity("ssn", r"[0-9]{3}[ -][0-9]{2}[ -][0-9]{4}", _find_ssn, 12),
+    Entity("card", r"[0-9](?:[ -]?[0-9]){12}", r"[0-9](?:[ -]?[0-9])*[ -]?", _find_card, MAX_CARD * 2),
+    Entity(
+        "email",
+        r"@",
+        r"[\pL\pN._%+'!#$*~-]+(?:@[\pL\pN.-]*)?",
+        _find_email,
+        MAX_LOCAL_PART + 1 + MAX_DOMAIN + 1,
+    ),
+    Entity(
+        "iban",
+        r"[A-Za-z]{2}[0-9]{2}(?:[ -]?[A-Za-z0-9]){11}",
+        r"[A-Za-z](?:[A-Za-z](?:[0-9](?:[0-9](?:[ -]?[A-Za-z0-9]){0,30}[ -]?)?)?)?",
+        _find_iban,
+        2 * MAX_IBAN,
+    ),
+    Entity(
+        "phone",
+        r"\+[0-9]|[0-9]{3}[)]?[ .-]{1,2}[0-9]{3}[ .-][0-9]{4}",
+        r"[+(0-9][ ().0-9-]{0,45}",
+        _find_phone,
+        _LONGEST_PHONE + 1,
+    ),
+    Entity("ssn", r"[0-9]{3}[ -][0-9]{2}[ -][0-9]{4}", r"[0-9][ 0-9-]{0,10}", _find_ssn, 12),
 )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import re2
 
-from policies.guardrails.pattern import Entity, Finder, occurrences
+from policies.guardrails.pattern import Entity, Finder, beginning, occurrences
 
 # --- tokens: a literal, then characters of one set ---
 
@@ -21,7 +21,8 @@ def _token(name: str, literals: tuple[str, ...], characters: str, least: int, mo
     """Make an entity; what is longer than `most` is found up to there."""
     longest = max(map(len, literals)) + most
     trigger = f"(?:{'|'.join(literals)}){characters}{{{least}}}"
-    return Entity(name, trigger, _token_finder(literals, characters, least, most), longest)
+    unsettled = "|".join(f"{beginning(literal)}|{literal}{characters}{{0,{most}}}" for literal in literals)
+    return Entity(name, trigger, unsettled, _token_finder(literals, characters, least, most), longest)
 
 
 def _token_finder(literals: tuple[str, ...], characters: str, least: int, most: int) -> Finder:
@@ -52,6 +53,7 @@ _TOKENS = (
 MAX_KEY_MARKER = 64  # characters of the BEGIN or the END line
 MAX_KEY_HEADERS = 3 * 112  # of an encrypted key
 MAX_KEY_BODY = 5_400  # an RSA key of 4,096 bits has 3,300
+_BEGIN = "-----BEGIN "
 _KEY_BEGIN = re2.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY(?: BLOCK)?-----")
 _KEY_HEADERS = re2.compile(r"(?:\s{1,2}[A-Z][A-Za-z-]{2,20}: [^\n]{0,80}){0,3}")
 _KEY_BODY = re2.compile(r"(?:[A-Za-z0-9+/=\s]|\\[rn])*")  # line breaks as such, or as in JSON
@@ -102,7 +104,13 @@ MIN_PASSWORD = 8
 MAX_PASSWORD = 128
 _MAX_ASSIGNMENT = 12 + 24 + 3 + 2 + 3
 _WORD = r"(?i:password|passwd|passphrase|pwd|secret|token|api[_-]?key|access[_-]?key|credential)"
-_ASSIGNED = re2.compile(_WORD + r"""[A-Za-z0-9_-]{0,24}["'` ]{0,3}(?:=>|:=|=|:)["'` ]{0,3}""")
+_KEY_WORDS = [f"{first}{between}key" for first in ("api", "access") for between in ("", "_", "-")]
+_WORD_BEGINNINGS = "|".join(
+    beginning(word) for word in ("password", "passphrase", "pwd", "secret", "token", "credential", *_KEY_WORDS)
+)
+_WORD_REST = r"""[A-Za-z0-9_-]{0,24}["'` ]{0,3}"""
+_ASSIGNS = r"""(?:=>|:=|=|:)["'` ]{0,3}"""
+_ASSIGNED = re2.compile(_WORD + _WORD_REST + _ASSIGNS)
 _VALUE = re2.compile(r"""[^\s"'`]+""")
 _SYMBOLS = frozenset("!@#$%^&*+=?~")
 
@@ -128,11 +136,22 @@ ENTITIES = (
     Entity(
         "private_key",
         r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY",
+        f"{beginning(_BEGIN)}|{_BEGIN}(?s:.)*",  # until the longest key is past
         _find_private_key,
         MAX_KEY_MARKER + MAX_KEY_HEADERS + MAX_KEY_BODY + MAX_KEY_MARKER,
     ),
-    Entity("jwt", r"\.eyJ", _find_jwt, MAX_JWT_HEADER + 1 + MAX_JWT_CLAIMS + 1 + MAX_JWT_SIGNATURE),
     Entity(
-        "password", _WORD + r"""[A-Za-z0-9_-]{0,24}["'` ]{0,3}[:=]""", _find_password, _MAX_ASSIGNMENT + MAX_PASSWORD
+        "jwt",
+        r"\.eyJ",
+        r"e|ey|eyJ[A-Za-z0-9_.-]*",
+        _find_jwt,
+        MAX_JWT_HEADER + 1 + MAX_JWT_CLAIMS + 1 + MAX_JWT_SIGNATURE,
+    ),
+    Entity(
+        "password",
+        _WORD + _WORD_REST + r"[:=]",
+        rf"(?i:{_WORD_BEGINNINGS})|{_WORD}{_WORD_REST}(?:{_ASSIGNS}[^\s\"'`]{{0,{MAX_PASSWORD}}})?",
+        _find_password,
+        _MAX_ASSIGNMENT + MAX_PASSWORD,
     ),
 )

@@ -24,6 +24,7 @@ TEXTS = st.lists(PIECES, max_size=14).map("".join)
 PREFILTERS = {
     name: (Prefilter(one.known), Prefilter(one.known, use_hyperscan=False)) for name, one in DETECTORS.items()
 }
+ALONE = [(entity, Prefilter([entity])) for one in DETECTORS.values() for entity in one.known]
 SMALL_PII = ("card", "iban", "phone", "ssn")  # a short hold: more of the text is final while it streams
 
 
@@ -93,6 +94,21 @@ def test_what_was_released_was_scanned_with_all_that_may_follow(text: str) -> No
     for continuation in ("", "1", "4111 1111 1111 1111", "-22-3333 and more"):
         whole = inspect_input(text + continuation, [input_spec("g", "pii", Action.REDACT, SMALL_PII)]).text
         assert whole.startswith(released)
+
+
+@settings(max_examples=500, deadline=None)
+@given(TEXTS, TEXTS, st.integers(0, 10_000))
+def test_what_is_settled_stays_as_it_is_whatever_follows(text: str, more: str, cut: int) -> None:
+    """Cut anywhere, and within every finding: before the settled position, the cut text shows what the whole will."""
+    whole = fold(text + more).text
+    for entity, prefilter in ALONE:
+        found = set(entity.find(whole))
+        within = {position for start, end in found for position in range(start + 1, min(end + 2, start + 64))}
+        for position in {cut, *within}:
+            known = whole[: position % (len(whole) + 1)]
+            settled = prefilter.settled(known)
+            early = {span for span in entity.find(known) if span[0] < settled}
+            assert early == {span for span in found if span[0] < settled}
 
 
 @settings(max_examples=300, deadline=None)

@@ -92,8 +92,26 @@ def test_a_number_that_ends_the_answer_never_leaves() -> None:
 
 def test_no_more_is_held_than_the_policy_says() -> None:
     inspector = OutputInspector([output_spec("g", "pii", Action.REDACT, ("card",), hold_chars=100)])
-    assert inspector.push("x" * 100) == ""
-    assert inspector.push("y" * 7) == "x" * 7
+    assert inspector.push("1" * 100) == ""
+    assert inspector.push("2" * 7) == "1" * 7
+
+
+def test_text_in_which_nothing_can_begin_leaves_at_once() -> None:
+    inspector = OutputInspector([output_spec("g", "pii", Action.REDACT, ("card",), hold_chars=256)])
+    assert inspector.push("The fee is ") == "The fee is "
+    assert inspector.push("12") == ""
+    assert inspector.push(" euros") == "12 euros"
+
+
+def test_what_only_flags_sees_what_halted_and_nothing_behind_it() -> None:
+    specs = [
+        output_spec("cards", "pii", Action.BLOCK, ("card",)),
+        output_spec("all", "pii", Action.FLAG, ("card", "email")),
+    ]
+    text = f"mia@example.com, {CARD}, noah@example.com"
+    expected = ("mia@example.com, ", "cards", [{"card": 1}, {"email": 1, "card": 1}])
+    for told in (stream([text], specs), stream(list(text), specs)):
+        assert (told.text, told.halted_by, told.counts) == expected
 
 
 def test_hold_chars_below_the_longest_span_do_not_weaken_the_hold() -> None:
