@@ -13,7 +13,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -61,7 +61,14 @@ class TextPart(_Body):
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | list[TextPart]
-    name: Annotated[StrictStr, Field(max_length=64)] | None = None
+    name: StrictStr | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _no_template_shows_a_name(cls, name: str | None) -> None:
+        """The model would not see it; a caller who counts on it must know."""
+        if name is not None:
+            raise ValueError("`name` of a message is not supported by this server; leave it out")
 
     @property
     def text(self) -> str:

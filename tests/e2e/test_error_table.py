@@ -211,6 +211,7 @@ def test_a_parameter_that_the_policy_rejects_is_named(gateway: RunningGateway) -
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": "x", "name": "Mia"}]}, "messages.0.name"),
         ({"extra_body": {"surprise": True}}, None),
         ({"model": ""}, "model"),
         ({"model": "a\0b"}, "model"),
