@@ -19,6 +19,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import shutil
 import stat
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,7 @@ class Keyring:
         """
         beside = directory.with_name(f".{directory.name}.{os.getpid()}.new")
         directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)  # of a crash, whose process had our number
         beside.mkdir(mode=0o700)
         try:
             for kind in (MASTER, PSEUDONYM, SIGNING):

@@ -93,10 +93,8 @@ class AuditLog:
         """
         database = Database.open(settings.database_url)
         try:
-            fresh = not settings.keys.exists() and not settings.ratchet.exists() and _holds_no_log(database)
-            if create and fresh:
-                Keyring.create(settings.keys)
-                Ratchet.create(settings.ratchet)
+            if create and not settings.keys.exists() and _holds_no_log(database):
+                _begin(settings)
             keyring = Keyring.load(settings.keys)
             ratchet = Ratchet.load(settings.ratchet)
             _check_ratchet(database, ratchet)
@@ -199,6 +197,15 @@ class AuditLog:
         with reading(self.database.reader) as connection:
             logs = connection.execute(select(head.c.log).order_by(head.c.log)).scalars().all()
         write_trust(self._settings.trust, [self.keyring.verifier(log) for log in logs])
+
+
+def _begin(settings: LogSettings) -> None:
+    """Make the ratchet and then the keys: nothing is signed before there are keys, so that a start that was cut off
+    between the two can be begun again. Keys without a ratchet cannot come of it; they are refused."""
+    if not settings.ratchet.exists():
+        Ratchet.create(settings.ratchet)
+    if not Ratchet.load(settings.ratchet).origins:
+        Keyring.create(settings.keys)
 
 
 def _holds_no_log(database: Database) -> bool:
