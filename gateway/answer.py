@@ -86,21 +86,26 @@ class Outbox:
                     return
         self._events.append(piece)
 
-    async def get(self) -> Event | None:
-        """Return the next event, or None when there will be none: after the closing event, or abandoned."""
+    async def peek(self) -> Event | None:
+        """Return the next event without taking it, or None when there will be none: after the last, or abandoned."""
         while not self._events:
             if self.closed or self.abandoned:
                 return None
             self._wake = asyncio.get_running_loop().create_future()
             await self._wake
-        return self._events.popleft()
+        return self._events[0]
 
-    async def peek(self) -> Event | None:
-        """Return the next event without taking it."""
-        event = await self.get()
-        if event is not None:
-            self._events.appendleft(event)
-        return event
+    async def take(self) -> list[Event]:
+        """Wait for an event and return all that wait, in order; none when there will be none."""
+        await self.peek()
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    @property
+    def exhausted(self) -> bool:
+        """All was taken, and nothing more will come."""
+        return self.closed and not self._events
 
     def abandon(self) -> None:
         """The caller went away: forget what waits and tell the governed task, once."""

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.request import TokenLogprob
-from gateway.answer import Failure, Outbox, Piece, Usage
+from gateway.answer import Event, Failure, Outbox, Piece, Usage
 from gateway.trail import TokenText
 
 DONE = b"data: [DONE]\n\n"
@@ -175,15 +175,22 @@ class CompletionRenderer:
 
 
 async def chunks(outbox: Outbox, renderer: Renderer, choices: int, *, include_usage: bool) -> AsyncIterator[bytes]:
-    """Yield server-sent events until the answer ends. A failure ends it without `[DONE]`."""
-    yield renderer.opening(choices)
-    while (event := await outbox.get()) is not None:
-        if isinstance(event, Piece):
-            yield renderer.chunk(event)
-        elif isinstance(event, Usage):
-            yield (renderer.usage(event) if include_usage else b"") + DONE
-        else:
-            yield b"data: " + event.error.openai_body + b"\n\n"
+    """Yield server-sent events until the answer ends, what waits together in one piece: every piece is a system call.
+
+    A failure ends it without `[DONE]`.
+    """
+    opening = renderer.opening(choices)
+    while events := await outbox.take():
+        yield opening + b"".join(_rendered(event, renderer, include_usage) for event in events)
+        opening = b""
+
+
+def _rendered(event: Event, renderer: Renderer, include_usage: bool) -> bytes:
+    if isinstance(event, Piece):
+        return renderer.chunk(event)
+    if isinstance(event, Usage):
+        return (renderer.usage(event) if include_usage else b"") + DONE
+    return b"data: " + event.error.openai_body + b"\n\n"
 
 
 async def collect(outbox: Outbox, choices: int) -> tuple[list[list[Piece]], Usage] | None:
@@ -192,13 +199,14 @@ async def collect(outbox: Outbox, choices: int) -> tuple[list[list[Piece]], Usag
     Raises: ApiError, when the answer failed.
     """
     texts: list[list[Piece]] = [[] for _ in range(choices)]
-    while (event := await outbox.get()) is not None:
-        if isinstance(event, Piece):
-            texts[event.choice].append(event)
-        elif isinstance(event, Failure):
-            raise event.error
-        else:
-            return texts, event
+    while events := await outbox.take():
+        for event in events:
+            if isinstance(event, Piece):
+                texts[event.choice].append(event)
+            elif isinstance(event, Failure):
+                raise event.error
+            else:
+                return texts, event
     return None
 
 
@@ -244,9 +252,11 @@ class EventStream(Response):
         try:
             with watch_disconnect(receive, self._outbox):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                more = True
                 async for chunk in self._chunks:
-                    if chunk:
-                        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    more = not self._outbox.exhausted
+                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
+                if more:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._outbox.abandon()

@@ -26,9 +26,9 @@ def make() -> tuple[Outbox, Abandonments]:
 
 
 async def drain(outbox: Outbox) -> list[Piece | Usage | Failure]:
-    events = []
-    while (event := await outbox.get()) is not None:
-        events.append(event)
+    events: list[Piece | Usage | Failure] = []
+    while some := await outbox.take():
+        events += some
     return events
 
 
@@ -37,8 +37,10 @@ async def test_events_come_out_in_the_order_they_went_in_and_then_none() -> None
     events = [Piece(0, "a"), Piece(1, "b"), Piece(0, "c", finish_reason="stop"), USAGE]
     for event in events:
         outbox.put(event)
-    assert await drain(outbox) == events
-    assert await outbox.get() is None
+    assert not outbox.exhausted
+    assert await outbox.take() == events
+    assert outbox.exhausted
+    assert await outbox.take() == []
 
 
 async def test_a_reader_that_waits_is_woken() -> None:
@@ -96,13 +98,13 @@ async def test_a_peeked_event_is_still_there() -> None:
 
 async def test_leaving_is_told_once_wakes_the_reader_and_forgets_what_waits() -> None:
     outbox, told = make()
-    reading = asyncio.create_task(outbox.get())
+    reading = asyncio.create_task(outbox.take())
     await asyncio.sleep(0)
     outbox.abandon()
     outbox.abandon()
-    assert await reading is None
+    assert await reading == []
     outbox.put(Piece(0, "late"))
-    assert await outbox.get() is None
+    assert await outbox.take() == []
     assert told.count == 1
 
 

@@ -13,7 +13,16 @@ from engine.request import TokenLogprob
 from gateway import errors
 from gateway.answer import Event, Failure, Outbox, Piece, Usage
 from gateway.errors import ApiError
-from gateway.streaming import ChatRenderer, CompletionRenderer, Envelope, EventStream, chunks, collect, watch_disconnect
+from gateway.streaming import (
+    DONE,
+    ChatRenderer,
+    CompletionRenderer,
+    Envelope,
+    EventStream,
+    chunks,
+    collect,
+    watch_disconnect,
+)
 
 ENVELOPE = Envelope("0193f0c2-aaaa-7bbb-8ccc-0123456789ab", 1_763_668_980, "bank-chat", "sha256:" + "a" * 64)
 USAGE = Usage(7, 4, 3, "receipt")
@@ -181,8 +190,12 @@ def response_to(outbox: Outbox) -> EventStream:
 
 async def test_an_event_stream_sends_its_head_its_events_and_its_end() -> None:
     client = Client()
-    outbox = filled(Piece(0, "a", (), "stop"), USAGE)
-    await response_to(outbox)({"type": "http"}, client.receive, client.send)
+    outbox = Outbox(on_abandon=lambda: None)
+    streaming = asyncio.create_task(response_to(outbox)({"type": "http"}, client.receive, client.send))
+    for event in (Piece(0, "a"), Piece(0, "b"), Piece(0, "c", (), "stop"), USAGE):
+        outbox.put(event)
+        await asyncio.sleep(0.01)
+    await streaming
     head, *middle, end = client.messages
     headers = dict(head["headers"])
     assert headers[b"content-type"].startswith(b"text/event-stream")
@@ -190,7 +203,17 @@ async def test_an_event_stream_sends_its_head_its_events_and_its_end() -> None:
     assert headers[b"probity-receipt"] == b"r"
     assert b"content-length" not in headers
     assert all(message["more_body"] and message["body"] for message in middle)
-    assert end == {"type": "http.response.body", "body": b"", "more_body": False}
+    assert [b'"a"' in middle[0]["body"], b'"b"' in middle[1]["body"], b'"c"' in middle[2]["body"]] == [True] * 3
+    assert (end["body"], end["more_body"]) == (DONE, False)
+
+
+async def test_what_waits_together_is_sent_together() -> None:
+    client = Client()
+    outbox = filled(Piece(0, "a"), Piece(0, "b", (), "stop"), USAGE)
+    await response_to(outbox)({"type": "http"}, client.receive, client.send)
+    _, only = client.messages
+    assert only["body"].count(b"data: ") == 4  # the opening, two pieces, the end
+    assert not only["more_body"]
 
 
 async def test_a_client_that_leaves_ends_the_stream_and_abandons_the_outbox_once() -> None:
@@ -212,7 +235,7 @@ async def test_a_send_that_fails_abandons_the_outbox() -> None:
     outbox = Outbox(on_abandon=lambda: told.append(None))
     outbox.put(Piece(0, "seen"))
     client = Client()
-    client.breaks_at = 2
+    client.breaks_at = 1
     with pytest.raises(OSError, match="reset"):
         await response_to(outbox)({"type": "http"}, client.receive, client.send)
     assert len(told) == 1
