@@ -30,6 +30,7 @@ from sqlalchemy import (
     delete,
     event,
     insert,
+    make_url,
     select,
     text,
 )
@@ -95,7 +96,8 @@ class KeyStore:
             KeyStoreUnsafe: a commit here would not be durable.
             KeyStoreUnavailable: no connection.
         """
-        engine = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        embedded = make_url(url).get_backend_name() == "sqlite"  # a file needs no question whether it is still there
+        engine = create_engine(url, pool_pre_ping=not embedded, hide_parameters=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_pragmas)
             _create_private(engine.url.database)

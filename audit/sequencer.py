@@ -21,7 +21,7 @@ from audit.checkpoint import Checkpoint, sign_checkpoint
 from audit.merkle import HASH_BYTES, Frontier, root_of
 from audit.note import Signer
 from audit.ratchet import Ratchet
-from audit.tables import chain, checkpoint, head, insert_rows, leaf, leaf_number, tile
+from audit.tables import chain, checkpoint, head, insert_rows, leaf, leaf_number, run, tile
 
 TILE_BITS = 8
 TILE_WIDTH = 1 << TILE_BITS  # hashes a tile
@@ -56,7 +56,7 @@ def open_log(connection: Connection, log: str, tenant: str) -> None:
 
 def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     """Append `leaves` to the tree of `log` in their order; return its new size. Part of the caller's transaction."""
-    stored = connection.execute(_FRONTIER, {"at_log": log}).scalar_one()
+    stored = run(connection, _FRONTIER, [{"at_log": log}]).scalar_one()
     frontier = Frontier.from_bytes(bytes(stored))
     first = frontier.size
     insert_rows(
@@ -69,7 +69,8 @@ def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     )
     for new in leaves:
         frontier.push(new.leaf_hash)
-    connection.execute(_SET_HEAD, {"at_log": log, "new_size": frontier.size, "new_frontier": frontier.to_bytes()})
+    edge = {"at_log": log, "new_size": frontier.size, "new_frontier": frontier.to_bytes()}
+    run(connection, _SET_HEAD, [edge])
     _write_full_tiles(connection, log, first, frontier.size)
     return frontier.size
 

@@ -19,16 +19,22 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
+    CursorResult,
     Dialect,
     Index,
+    Insert,
     Integer,
     LargeBinary,
     MetaData,
+    Select,
     String,
     Table,
     UniqueConstraint,
+    UpdateBase,
+    bindparam,
     text,
 )
+from sqlalchemy.sql.compiler import SQLCompiler
 
 metadata = MetaData()
 
@@ -189,13 +195,26 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, A
     """
     if not rows:
         return
-    statement, positions = _insert_statement(table, connection.dialect)
+    run(connection, _insert_into(table), rows)
+
+
+def run(
+    connection: Connection, statement: UpdateBase | Select[Any], rows: Sequence[dict[str, Any]]
+) -> CursorResult[Any]:
+    """Execute, by the driver alone, a statement that is built once, for each of `rows`: its bound values by name."""
+    text, positions = _compiled(statement, connection.dialect)
     values = rows if positions is None else [tuple(row[name] for name in positions) for row in rows]
-    connection.exec_driver_sql(statement, values)
+    return connection.exec_driver_sql(text, values if len(values) > 1 else values[0])
 
 
 @lru_cache(maxsize=64)
-def _insert_statement(table: Table, dialect: Dialect) -> tuple[str, list[str] | None]:
+def _insert_into(table: Table) -> Insert:
+    return table.insert().values({column.name: bindparam(column.name) for column in table.columns})
+
+
+@lru_cache(maxsize=64)
+def _compiled(statement: UpdateBase | Select[Any], dialect: Dialect) -> tuple[str, list[str] | None]:
     """Return the text, and the order of its values for a driver that takes them by position."""
-    compiled = table.insert().compile(dialect=dialect, column_keys=table.columns.keys())
+    compiled = statement.compile(dialect=dialect)
+    assert isinstance(compiled, SQLCompiler)
     return compiled.string, compiled.positiontup

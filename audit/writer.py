@@ -40,7 +40,7 @@ from audit.leaf import FIRST_PREV, Leaf, PartCommitment
 from audit.ratchet import Ratchet, RatchetError
 from audit.records import CLOSING, Receipt, Record, RecordType, Segment
 from audit.sequencer import NewLeaf, number, number_waiting, open_log, publish, unpublished
-from audit.tables import chain, content, head, insert_rows, journal, leaf, request_index, writer
+from audit.tables import chain, content, head, insert_rows, journal, leaf, request_index, run, writer
 
 # LogError                  catch this
 # ├── LogUnavailable        not confirmed; the request it belongs to must not be answered
@@ -503,8 +503,8 @@ class Writer:
             insert_rows(connection, journal, batch.segments)
             insert_rows(connection, request_index, batch.openings)
             if batch.closings:
-                connection.execute(_CLOSE_INDEX, batch.closings)
-                connection.execute(_CLEAR_JOURNAL, [{"at_request": c["at_request"]} for c in batch.closings])
+                run(connection, _CLOSE_INDEX, batch.closings)
+                run(connection, _CLEAR_JOURNAL, batch.closings)
             self._keep_chains(connection, batch.leaves)
 
     def _check_fence(self, connection: Connection) -> None:
@@ -530,9 +530,9 @@ class Writer:
                 numbered = appended if self._database.embedded else 0
                 connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=numbered))
             elif self._database.embedded:
-                connection.execute(_APPENDED_AND_NUMBERED, {**values, "numbered": appended})
+                run(connection, _APPENDED_AND_NUMBERED, [{**values, "numbered": appended}])
             else:
-                connection.execute(_APPENDED, values)
+                run(connection, _APPENDED, [values])
             if self._database.embedded:
                 number(connection, log, [NewLeaf(self.id, row["writer_seq"], row["leaf_hash"]) for row in rows])
 
