@@ -1,7 +1,7 @@
 """Blocking reads beside the event loop: a few at once, some more may wait, the rest are told to come back.
 
-Knows nothing of what is read. Officers' queries scan; they must not take the threads or the connections that
-requests are answered with.
+Knows nothing of what is read. Officers' queries scan, and so do guardrails over a long prompt; they must not take the
+threads or the connections that requests are answered with.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,21 +23,23 @@ from audit.writer import LogUnavailable
 from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams
 from gateway import errors, spans
 from gateway.answer import Outbox
+from gateway.bounded_reads import BoundedReads
 from gateway.entries import decision_entry, guardrail_entries, limit_entries, principal_entry, sampling_body
 from gateway.errors import ApiError
 from gateway.generation import Generation
 from gateway.grant import Grant, Question
 from gateway.schemas.inference import ChatRequest, InferenceRequest
 from gateway.telemetry import Telemetry
-from policies.decision import Decision, DeniedBy, Obligations, Reason
+from policies.decision import Decision, DeniedBy, GuardrailSpec, Obligations, Reason
 from policies.document import EffectivePolicy
 from policies.evaluate import evaluate
-from policies.guardrails import Verdict, inspect_input
+from policies.guardrails import InputInspection, Verdict, inspect_input
 from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore, StoreUnavailable
 
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
+INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is inspected beside the event loop
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
@@ -90,6 +92,7 @@ class Pipeline:
         self._telemetry = telemetry
         self._clock = clock
         self._max_governed = max_governed
+        self._inspections = BoundedReads(at_once=1, waiting=max_governed)
         self._governed: set[asyncio.Task[None]] = set()
         self._entering = 0  # questions that wait for the log; they will be governed, or are being denied
         self._draining = False
@@ -126,7 +129,7 @@ class Pipeline:
         """Decide, put on record, start the governed task."""
         try:
             with self._telemetry.stage("probity.decide"):
-                grant = self._decide(question, self._policy(question.principal.tenant))
+                grant = await self._decide(question, self._policy(question.principal.tenant))
                 self._reserve(grant)
         except Denied as denied:
             raise await self._put_denial_on_record(question, denied) from None
@@ -161,7 +164,7 @@ class Pipeline:
             raise Denied(error, Decision.deny(DeniedBy.RULE, NO_POLICY, Reason("no_policy")))
         return policy
 
-    def _decide(self, question: Question, policy: EffectivePolicy) -> Grant:
+    async def _decide(self, question: Question, policy: EffectivePolicy) -> Grant:
         """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
         if self._policies.suspended(question.principal.tenant):
             raise Denied(errors.suspended(), Decision.deny(DeniedBy.STATUS, policy.digest, Reason("suspended")))
@@ -169,7 +172,7 @@ class Pipeline:
         obligations = decision.obligations
         if obligations is None:
             raise Denied(_denial(decision), decision)
-        rendered, verdicts = self._inspect(question.request, decision, obligations)
+        rendered, verdicts = await self._inspect(question.request, decision, obligations)
         prompt = self._count(question.request, rendered, decision, obligations, verdicts)
         return Grant(
             question=question,
@@ -199,7 +202,7 @@ class Pipeline:
             ),
         )
 
-    def _inspect(
+    async def _inspect(
         self, request: InferenceRequest, decision: Decision, obligations: Obligations
     ) -> tuple[str, tuple[Verdict, ...]]:
         """Return the text for the model, as the chat template renders it and after the input guardrails."""
@@ -207,13 +210,20 @@ class Pipeline:
             rendered = self._render(request)
         except RequestRefused as refused:
             raise Denied(errors.invalid_request(str(refused), param=refused.param), decision) from None
-        inspection = inspect_input(rendered, obligations.guardrails)
+        inspection = await self._inspection(rendered, obligations.guardrails)
         if inspection.blocked_by is not None:
             raise Denied(errors.content_filter(inspection.blocked_by), decision, inspection.verdicts)
         if request.wants_logprobs and any(guardrail.withholds_output for guardrail in obligations.guardrails):
             message = "log-probabilities would show text that an output guardrail of the policy withholds"
             raise Denied(errors.invalid_request(message, param="logprobs"), decision, inspection.verdicts)
         return inspection.text, inspection.verdicts
+
+    async def _inspection(self, text: str, guardrails: Sequence[GuardrailSpec]) -> InputInspection:
+        """Look at a long text beside the event loop, one at a time: made-up text is slow to look at, 0.1 MB/s, and
+        everybody else's answers must go on meanwhile."""
+        if len(text) <= INSPECTED_AT_ONCE:
+            return inspect_input(text, guardrails)
+        return await self._inspections.run(inspect_input, text, guardrails)
 
     def _render(self, request: InferenceRequest) -> str:
         if isinstance(request, ChatRequest):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import re2
@@ -63,6 +64,7 @@ class Prefilter:
         self._entities = tuple(entities)
         self._triggers = [re2.compile(entity.trigger) for entity in entities]
         self._unsettled = re2.compile(f"(?:{'|'.join(entity.unsettled for entity in entities)})" + r"\z")
+        self._scratch = Lock()  # Hyperscan's working memory serves one scan at a time
         self._database = _compile(entities) if use_hyperscan and hyperscan is not None else None
 
     def settled(self, text: str) -> int:
@@ -82,7 +84,8 @@ class Prefilter:
         def on_match(index: int, _start: int, _end: int, _flags: int, _context: object) -> None:
             seen.add(index)
 
-        self._database.scan(text.encode("utf-8", "replace"), match_event_handler=on_match)
+        with self._scratch:
+            self._database.scan(text.encode("utf-8", "replace"), match_event_handler=on_match)
         return [self._entities[index] for index in sorted(seen)]
 
 
