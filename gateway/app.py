@@ -40,6 +40,7 @@ from gateway.telemetry import Telemetry
 from policies.limits import DAY_S, Holder, LimitLedger, PastUse
 from policies.store import PolicyStore
 
+LAST_RECORDS_S = 5.0  # for closing records, after the engine was closed
 CLOCK = Clock(now=lambda: datetime.now(UTC), monotonic=time.monotonic)
 
 
@@ -161,6 +162,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     await state.pipeline.drain(state.settings.server.drain_timeout_s)
     state.engine.close()
+    await state.pipeline.drain(LAST_RECORDS_S)  # what the closed engine failed is put on record before the log closes
     state.log.close()
     state.telemetry.close()
     await app.state.key_client.aclose()

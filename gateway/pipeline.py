@@ -14,6 +14,7 @@ import asyncio
 import hmac
 import secrets
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -40,6 +41,7 @@ from policies.store import PolicyStore, StoreUnavailable
 
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is inspected beside the event loop
+ENTERING_POLL_S = 0.01  # while draining
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
@@ -354,12 +356,13 @@ class Pipeline:
         self._draining = True
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take nothing new; return whether every governed task ended within `timeout_s`."""
+        """Take nothing new; return whether all that was taken ended within `timeout_s`."""
         self.stop_taking()
-        if not self._governed:
-            return True
-        _, pending = await asyncio.wait(set(self._governed), timeout=timeout_s)
-        return not pending
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._entering or self._governed:
+                    await (asyncio.wait(set(self._governed)) if self._governed else asyncio.sleep(ENTERING_POLL_S))
+        return not (self._entering or self._governed)
 
 
 def _identities(question: Question) -> dict[str, str]:

@@ -5,15 +5,21 @@ record, nobody is told that it is, and afterwards the log verifies.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import create_engine, text
 
 from audit.verify import main as verify
+from engine.config import EngineConfig
+from engine.load import load_engine
+from gateway.demo import model_directory
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.officers import Hand
 from tests.support.postgres import PostgresServer
@@ -137,3 +143,22 @@ async def _stream_and_stop(server: ServerProcess) -> tuple[list[Seen], int]:
 
 def _bearer(server: ServerProcess, role: str) -> dict[str, str]:
     return {"authorization": f"Bearer {(server.data / f'{role}.jwt').read_text()}"}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_does_not_end_while_draining_is_closed_on_record_before_the_log_is(tmp_path: Path, stream: bool) -> None:
+    engine = load_engine(EngineConfig(model=model_directory(), threads=1, kv_cache_mib=16))
+    long = {**CHAT, "max_tokens": 900, "ignore_eos": True, "stream": stream}
+    with running_gateway(tmp_path, engine, server__drain_timeout_s=0.2) as gateway:
+        asking = threading.Thread(target=_ask_until_cut_off, args=(Hand(gateway, "app"), long), daemon=True)
+        asking.start()
+        until(lambda: engine.health().running == 1, "the engine was not asked")
+    with create_engine(gateway.rooms.settings.database_url).connect() as connection:
+        (status,) = connection.execute(text("SELECT status FROM request_index")).scalars()
+    assert status == ("cancelled" if stream else "failed")
+    assert_verifies(gateway)
+
+
+def _ask_until_cut_off(hand: Hand, body: dict[str, Any]) -> None:
+    with suppress(httpx.TransportError):
+        hand.post("/v1/chat/completions", body)
