@@ -65,6 +65,7 @@ class Ratchet:
         """
         if path.exists():
             raise RatchetError(f"`{path.name}` exists; a ratchet is created once and never reset")
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, _encode({}))
         return cls(path, {})
 
