@@ -100,7 +100,7 @@ class OutputInspector:
         if self.halted_by is not None:
             return ""
         released = self._enforcing.push(text)
-        self._flagging.push(self._enforcing.take_seen())
+        self._flagging.push(self._enforcing.seen)
         if self._enforcing.halted_by is not None:
             self._flagging.finish()
         return released if self._flagging.halted_by is None else ""
@@ -110,7 +110,7 @@ class OutputInspector:
         if self.halted_by is not None:
             return ""
         released = self._enforcing.finish()
-        self._flagging.push(self._enforcing.take_seen())
+        self._flagging.push(self._enforcing.seen)
         self._flagging.finish()
         return released if self._flagging.halted_by is None else ""
 
@@ -130,7 +130,7 @@ class _Stream:
         self._hold_all = any(spec.mode is StreamingMode.HOLD_ALL for spec in specs)
         self._context = ""  # folded; the last released characters: what a finder looks at before a start
         self._held = ""
-        self._seen = ""  # as generated: what was let go, and what halted
+        self.seen = ""  # as generated: what the last call decided, up to the end of what halted
         self._counts: list[Counter[str]] = [Counter() for _ in specs]
         self._failed: set[int] = set()
         self._scanned = False
@@ -148,8 +148,8 @@ class _Stream:
             return spec.hold_chars
 
     def push(self, text: str) -> str:
+        self.seen = "" if self._specs else text
         if not self._specs:
-            self._seen += text
             return text
         if self.halted_by is not None:
             return ""
@@ -160,12 +160,8 @@ class _Stream:
 
     def finish(self) -> str:
         self._finished = True
+        self.seen = ""
         return self._release(len(self._held)) if self._specs and self.halted_by is None else ""
-
-    def take_seen(self) -> str:
-        """Return the original text that was decided since this was last asked, up to the end of what halted."""
-        seen, self._seen = self._seen, ""
-        return seen
 
     def verdicts(self, ended: bool) -> list[Verdict]:
         ran = self._finished or (ended and self._scanned)
@@ -202,16 +198,16 @@ class _Stream:
         self._count(passed)
         redacted = [span for span in passed if self._specs[span.guardrail].action is Action.REDACT]
         released = _redact(self._held[:cut], _merge(redacted))
-        self._seen += self._held[:cut]
+        self.seen = self._held[:cut]
         self._context = (self._context + fold(self._held[:cut]).text)[-CONTEXT:]
         self._held = self._held[cut:]
         return released
 
     def _halt(self, span: _Span, spans: list[_Span], cut: int) -> str:
         """End the answer: what stands before the finding may leave, unless the answer leaves whole or not at all."""
-        seen = self._seen + self._held[: span.end]
+        seen = self._held[: span.end]
         released = "" if self._hold_all else self._let_go(cut, spans)
-        self._seen = seen
+        self.seen = seen
         self._count([span])
         self.halted_by = self._specs[span.guardrail].id
         self._held = ""
