@@ -47,7 +47,9 @@ def test_serving_does_what_it_says(tmp_path: Path) -> None:
     assert _run("python -m gateway.cli demo --once", tmp_path).returncode == 0
     for script, said in ((demonstration, "A transfer abroad costs 12 euros."), (own, "How can I help you?")):
         port = re.findall(r"127\.0\.0\.1:(\d+)", script)[0]
-        done = _run(f"export PROBITY_SERVER_PORT={port}; set -e; trap 'kill %1 2>/dev/null; wait' EXIT\n{script}", tmp_path)
+        done = _run(
+            f"export PROBITY_SERVER_PORT={port}; set -e; trap 'kill %1 2>/dev/null; wait' EXIT\n{script}", tmp_path
+        )
         assert said in done.stdout, done.stdout + done.stderr[-3000:]
         assert done.stdout.count('"error"') == 0
 
