@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 LEAF_VERSION = 1
 MAX_LEAF_BYTES = 65_535
@@ -167,16 +168,24 @@ class PrincipalEntry:
 
 def _entry(value: object) -> Json:
     """Return a frozen dataclass of this module as leaf JSON, absent (None) members left out."""
-    if is_dataclass(value) and not isinstance(value, type):
-        members = ((f.name, getattr(value, f.name)) for f in fields(value))
+    kind = type(value)  # the common kinds first: this runs for every member of every record
+    if value is None or kind is str or kind is int or kind is bool:
+        return value  # type: ignore[return-value]
+    if names := _field_names(kind):  # type: ignore[arg-type]  # a class is hashable
+        members = [(name, getattr(value, name)) for name in names]
         return {name: _entry(member) for name, member in members if member is not None}
     if isinstance(value, Mapping):
         return {str(key): _entry(member) for key, member in value.items()}
     if isinstance(value, (list, tuple, frozenset)):
         return [_entry(member) for member in value]
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, (int, str)):
         return value
-    raise TypeError(f"`{type(value).__name__}` cannot stand in a leaf")
+    raise TypeError(f"`{kind.__name__}` cannot stand in a leaf")
+
+
+@lru_cache(maxsize=64)
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 def request_received(
