@@ -186,6 +186,8 @@ class _Stream:
         spans = self._scan()
         if self.halted_by is not None:
             return ""
+        if not spans:
+            return self._let_go(final, spans)
         clusters = _merge(spans)
         cut = min([final, *(first.start for first, end in clusters if first.start < final < end)])
         halting = next((s for s in sorted(spans) if s.start < cut and self._blocks(s)), None)
@@ -194,12 +196,12 @@ class _Stream:
         return self._let_go(cut, spans)
 
     def _let_go(self, cut: int, spans: list[_Span]) -> str:
-        passed = [span for span in spans if span.start < cut]
-        self._count(passed)
-        redacted = [span for span in passed if self._specs[span.guardrail].action is Action.REDACT]
-        released = _redact(self._held[:cut], _merge(redacted))
-        self.seen = self._held[:cut]
-        self._context = (self._context + fold(self._held[:cut]).text)[-CONTEXT:]
+        self.seen = released = self._held[:cut]
+        if passed := [span for span in spans if span.start < cut]:
+            self._count(passed)
+            redacted = [span for span in passed if self._specs[span.guardrail].action is Action.REDACT]
+            released = _redact(self.seen, _merge(redacted))
+        self._context = (self._context + fold(self.seen).text)[-CONTEXT:]
         self._held = self._held[cut:]
         return released
 
