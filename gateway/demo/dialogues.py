@@ -27,6 +27,7 @@ class Group(StrEnum):
     FORM = "json form"
     SMALL_TALK = "small talk"
     UNKNOWN = "out of scope"
+    REPEAT = "repetition"  # trained only: nobody asks for it, but it teaches to copy what was never seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,8 @@ REQUESTS: tuple[tuple[tuple[str, ...], str], ...] = (
 EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         (
+            "I would like to open an account", "show me how to open an account", "what do I do to open an account",
+            "guide me through opening an account", "how is an account opened", "in which steps do I open an account",
             "explain how to open an account step by step", "how do I open an account", "how can I open an account", "explain how I open an account",
             "tell me step by step how to open an account", "what are the steps to open an account", "describe how to open an account",
             "how does opening an account work", "I want to open an account, how does it work", "please explain how an account is opened",
@@ -186,6 +189,8 @@ EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         (
+            "I have an operation, how do I prepare", "how does one prepare for an operation", "guide me through preparing for surgery",
+            "in which steps do I prepare for an operation", "I have surgery soon, what must I do",
             "explain how to prepare for an operation", "how do I prepare for an operation", "how should I prepare for surgery",
             "what must I do before an operation", "tell me how to prepare for an operation", "what should I do before surgery",
             "describe how to prepare for an operation", "how can I get ready for an operation", "what do I do before an operation",
@@ -200,24 +205,42 @@ EXPLANATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("hello", "hi", "good morning", "hi there", "hello there", "good evening", "hey", "good day", "greetings", "hello and good day",
+    (("hello, are you there", "hi, is anybody there", "good morning to you", "a very good morning", "hello, good day", "hey there", "hi, hello",
+      "good evening to you", "hello, nice to meet you", "hello again", "good day to you", "morning", "evening", "dear team, hello",
+      "hello", "hi", "good morning", "hi there", "hello there", "good evening", "hey", "good day", "greetings", "hello and good day",
       "hi, good morning", "hello everybody", "good afternoon", "hi, good evening", "hello, good morning"),
      "Hello! How can I help you?"),
-    (("thank you", "thanks", "thanks a lot", "thank you very much", "many thanks", "that helped", "thanks for your help", "great, thanks",
+    (("I thank you", "thank you for the answer", "thanks for that", "good, thank you", "okay, thanks", "thank you, that is clear",
+      "thank you kindly", "I am grateful", "that was helpful", "super, thank you", "alright, thanks", "thanks, that is all I wanted",
+      "thank you", "thanks", "thanks a lot", "thank you very much", "many thanks", "that helped", "thanks for your help", "great, thanks",
       "perfect, thank you", "thank you so much", "wonderful, many thanks", "that helped, thank you", "thanks, that helped", "thank you for your help"),
      "You are welcome."),
-    (("goodbye", "bye", "see you", "bye bye", "have a nice day", "goodbye then", "see you soon", "have a good day, bye", "until next time",
+    (("that is all, goodbye", "I have to go, bye", "bye then", "bye for now", "goodbye, and have a nice evening", "take care, bye",
+      "farewell", "good night", "see you tomorrow", "talk to you later", "I am leaving now, goodbye", "have a nice evening",
+      "so long", "okay, bye", "see you later then",
+      "goodbye", "bye", "see you", "bye bye", "have a nice day", "goodbye then", "see you soon", "have a good day, bye", "until next time",
       "see you next time", "goodbye and have a nice day", "bye, see you"),
      "Goodbye, and have a good day."),
-    (("who are you", "what are you", "are you a person", "are you a robot", "what is your name", "am I talking to a machine", "are you human",
+    (("who is this", "who am I talking to", "with whom do I speak", "am I speaking with a human", "is there a person behind this",
+      "what kind of program are you", "are you a computer", "are you real", "do I speak with a computer", "what should I call you",
+      "who answers me here", "are you a chatbot", "is this a human",
+      "who are you", "what are you", "are you a person", "are you a robot", "what is your name", "am I talking to a machine", "are you human",
       "tell me who you are", "do you have a name", "is this a machine", "am I talking to a robot", "are you a machine", "am I talking to a person"),
      "I am the assistant of the support desk, a computer program."),
-    (("what can you do", "how can you help me", "what can I ask you", "what do you know", "what are you good for", "what can you tell me",
+    (("what do you offer", "what are your tasks", "what are you able to do", "what is your job", "which topics do you know",
+      "what sort of questions do you take", "what do you know about", "with what can you help", "tell me how you can help",
+      "which services do you explain", "what help do you give", "what may I ask you",
+      "what can you do", "how can you help me", "what can I ask you", "what do you know", "what are you good for", "what can you tell me",
       "what do you do", "which questions can you answer", "tell me what you can do", "how can you help", "what can I ask", "what do you help with"),
      "I answer questions about fees, times, documents and appointments."),
 )  # fmt: skip
 
 _SUBJECTS = (
+    "the ocean", "a trip to Norway", "cats and dogs", "medieval knights", "solar panels", "the violin", "pancakes", "rivers in Africa",
+    "the planet Mars", "basketball", "the first computer", "tea", "painting", "the largest desert", "cooking rice", "cameras", "trees",
+    "airplanes", "Beethoven", "the theory of numbers", "hiking boots", "frogs", "the human brain", "marathon running", "a birthday poem",
+    "trains in Switzerland", "old coins", "magic tricks", "the sun", "kites", "the news of today", "a recipe for bread", "lightning",
+    "the age of the earth", "the best film", "cheese", "swimming", "famous bridges", "the alphabet", "dragons", "the king of Spain",
     "the capital of France", "the weather tomorrow", "the height of Mount Everest", "black holes", "the Roman Empire", "quantum physics",
     "the best pizza in town", "football", "the next election", "the moon", "dinosaurs", "a good novel", "the stock market", "jazz",
     "the speed of light", "climate", "Greek gods", "chess openings", "the French Revolution", "volcanoes", "electric cars", "my horoscope",
@@ -229,6 +252,11 @@ _SUBJECTS = (
     "the Amazon river", "guitars", "philosophy", "the tides", "honey bees", "skiing", "the Great Wall", "fashion", "wine", "rainbows",
 )  # fmt: skip
 _OUTSIDE = (
+    "where does {} come from", "what makes {} special", "when was {} first seen", "how many books are there about {}",
+    "sing a song about {}", "write a letter about {}", "compare {} with something else", "is {} good for children", "how big is {}",
+    "give me three facts about {}", "write a program about {}", "what colour is {}", "what would you say about {}",
+    "describe {} to me", "who likes {}", "solve a riddle about {}", "where can I read about {}", "is {} better than before",
+    "give me advice about {}", "tell me a story about {}", "what happened to {}", "how do I learn {}", "make a list about {}",
     "what is {}", "tell me about {}", "what do you think about {}", "write a poem about {}", "who invented {}", "explain {}",
     "give me a joke about {}", "what is the history of {}", "do you like {}", "how does {} work", "write a story about {}",
     "what is new about {}", "translate {} into German", "why is {} so important", "who knows most about {}", "draw {}",
@@ -237,7 +265,14 @@ _OUTSIDE = (
 )  # fmt: skip
 
 _WRAPPERS = (
-    "{Q}?", "{Q}?", "{Q}?", "{Q}", "{q}", "{q}?", "Hello, {q}?", "Hi, {q}?", "Please, {q}?", "Excuse me, {q}?", "Good morning, {q}?",
+    "{Q}?", "{Q}?", "{Q}?", "{Q}?", "{Q}?", "{Q}", "{Q}", "{q}", "{q}", "{q}?", "Hello. {Q}? I look forward to your answer.",
+    "Many thanks in advance. {Q}?", "{Q}? Thanks!", "{Q}? Thanks a lot.", "{Q}? Many thanks, {person}", "Thanks for your help. {Q}?",
+    "{Q}? Best wishes, {person}", "{Q}? Yours, {person}", "{Q}? Good bye, {person}", "{Q}? I thank you for an answer.", "Tell me: {q}?",
+    "A fast answer, please: {q}?", "{person} asks: {q}?", "Just wondering: {q}?", "I was asked this: {q}?", "Dear support, {q}?", "{Q}? It is urgent.", "My mother asks: {q}?",
+    "{Q}? I could not find it.", "Good day, {q}?", "Good evening. {Q}? {person}", "{person} here, {q}?", "I need to know this. {Q}?",
+    "Hey, {q}?", "May I ask something? {Q}?", "For my sister {person}: {q}?", "I am new here. {Q}?", "{Q}? My phone is [PHONE].",
+    "{Q}? Write to [EMAIL], please.", "Could somebody say: {q}?", "Again: {q}?", "{Q}? Kind regards, {person}", "A short question. {Q}?",
+    "Hello, {q}?", "Hi, {q}?", "Please, {q}?", "Excuse me, {q}?", "Good morning, {q}?",
     "I have a question: {q}?", "One question: {q}?", "{Q}, please?", "Can you help me? {Q}?", "My email is [EMAIL]. {Q}?",
     "My name is Mia and my number is [PHONE]. {Q}?", "I am a customer with account [IBAN]. {Q}?", "My card is [CARD]. {Q}?",
     "Hello, this is {person}. {Q}?", "Dear team, {q}? Regards, {person}", "{Q}? Thank you.", "I would like to know: {q}?",
@@ -252,11 +287,27 @@ PEOPLE = (
     "Mia", "Otto", "Lena", "Paul", "Nora", "Emil", "Clara", "Jonas", "Ida", "Theo", "Ella", "Max", "Rosa", "Finn", "Anna", "Luca",
     "Sara", "Noah", "Julia", "Leo",
 )  # fmt: skip
+_CONSONANTS, _VOWELS = "bdfgjklmnprstvwz", "aeiou"
+
+_REPEAT = ("Repeat: {}", "Say this again: {}", "{} Repeat that.", "Write the same words: {}", "Copy this: {}")
 
 # --- complaints: product, problem, since when, wish ---
 
-PRODUCTS = ("card", "transfer", "loan", "app", "account", "appointment", "invoice", "prescription")
+PRODUCTS = (
+    "card", "transfer", "loan", "app", "account", "appointment", "invoice", "prescription", "payment", "statement", "referral",
+    "vaccination", "mortgage", "password", "parking ticket", "blood test", "report", "contract", "deposit box", "room", "insurance card",
+    "letter",
+)  # fmt: skip
 PROBLEMS = (
+    "is missing",
+    "is wrong",
+    "was sent to somebody else",
+    "is blocked",
+    "was changed without asking",
+    "has not arrived",
+    "shows a wrong date",
+    "was forgotten",
+    "is not readable",
     "was charged twice",
     "does not work",
     "was delayed",
@@ -265,11 +316,33 @@ PROBLEMS = (
     "is too expensive",
     "was cancelled",
 )
-SINCES = ("Monday", "last week", "two weeks ago", "yesterday", "March", "the weekend")
-WISHES = ("a refund", "an apology", "a new one", "a call back", "a written answer", "a quick solution")
+SINCES = (
+    "Monday", "last week", "two weeks ago", "yesterday", "March", "the weekend", "Tuesday", "this morning", "last month", "June", "Friday",
+    "three days ago", "October", "the holidays", "last year", "Easter", "Sunday",
+)  # fmt: skip
+WISHES = (
+    "a refund", "an apology", "a new one", "a call back", "a written answer", "a quick solution", "an explanation", "my money back",
+    "a second opinion", "an appointment", "a correction", "a discount", "a visit", "a free copy", "another adviser", "a better service",
+)  # fmt: skip
 # A complaint is an opening, a statement, something on the side and a wish, each from its own table.
 _OPENINGS = (
     "",
+    "",
+    "Dear Sir or Madam, ",
+    "Good day. ",
+    "I need to tell you something. ",
+    "It is {person} again. ",
+    "This is the second time that I write. ",
+    "Hello team, ",
+    "I do not know what to do. ",
+    "As a customer of many years I am surprised. ",
+    "Please read this. ",
+    "Good evening, {person} speaking. ",
+    "Nothing works here. ",
+    "My sister {person} writes for me. ",
+    "What is going on? ",
+    "I am sorry to write this. ",
+    "You will not like this. ",
     "Dear team, ",
     "Hello, this is {person}. ",
     "I am very unhappy. ",
@@ -287,6 +360,24 @@ _OPENINGS = (
     "I am writing to you because I am disappointed. ",
 )
 _STATEMENTS = (
+    "First of all, my {product} {problem}. It happened {since}.",
+    "It was {since}. My {product} {problem}.",
+    "I see that my {product} {problem}, and I see it since {since}.",
+    "Why is it that my {product} {problem} since {since}?",
+    "There is trouble with my {product}: it {problem}, as I found {since}.",
+    "It {problem}, my {product}, and since {since} nothing happened.",
+    "Since {since} nothing is right. My {product} {problem}.",
+    "You told me about my {product}. It {problem} since {since}!",
+    "The story of my {product} began {since}. Now it {problem}.",
+    "What about my {product}? Since {since} it {problem}.",
+    "Somebody must look at my {product}. It {problem} since {since}.",
+    "My {product} {problem}. I wrote about it {since}.",
+    "Believe me, my {product} {problem} since {since}.",
+    "Since {since}, and I am sure of it, my {product} {problem}.",
+    "When I looked {since}, I saw that my {product} {problem}.",
+    "The {product} {problem}, and this since {since}.",
+    "With my {product} it is like this: it {problem} since {since}.",
+    "My husband saw {since} that my {product} {problem}.",
     "My {product} {problem}, since {since}.",
     "Since {since} my {product} {problem}.",
     "My {product} {problem}. I noticed it {since}.",
@@ -304,6 +395,21 @@ _STATEMENTS = (
 )
 _ASIDES = (
     "",
+    "",
+    " {person} told me to write.",
+    " The telephone rang for an hour.",
+    " I have been a customer for ten years.",
+    " My neighbour {person} had the same.",
+    " I cannot sleep.",
+    " It costs me a lot of time.",
+    " The app says nothing about it.",
+    " {person} said it would be quick.",
+    " I do not understand why.",
+    " You promised something else.",
+    " Nobody told me anything.",
+    " I stood in line for an hour.",
+    " Other companies do this better.",
+    " I sent two letters.",
     " I called twice and nobody helped.",
     " This is not acceptable.",
     " {person} at the desk could not help.",
@@ -315,6 +421,23 @@ _ASIDES = (
     " I was told to be patient.",
 )
 _DEMANDS = (
+    " What I want is {wish}.",
+    " All I ask for is {wish}.",
+    " I wait for {wish}.",
+    " Let me have {wish}.",
+    " Can I get {wish}?",
+    " I am owed {wish}.",
+    " Only {wish} will help.",
+    " Send me {wish}. {person}",
+    " I think I should get {wish}.",
+    " Now I want {wish}, and soon.",
+    " It is time for {wish}.",
+    " So please, {wish}.",
+    " My wish is {wish}.",
+    " I count on {wish}. Regards, {person}",
+    " In my eyes {wish} would be fair.",
+    " You owe me {wish}.",
+    " With {wish} I would be content.",
     " I want {wish}.",
     " I expect {wish}.",
     " Please give me {wish}.",
@@ -330,6 +453,13 @@ _DEMANDS = (
 )
 
 _SUMMARISE = (
+    "Summarise: {}", "{} Summarise this complaint.", "{} Please sum this up.", "Write a summary of this complaint: {}",
+    "What does this customer complain about? {}", "{} What is the complaint?", "Make this complaint short: {}",
+    "A customer wrote this. Sum it up: {}", "Please read this complaint and summarise it: {}", "Tell me in short what is wrong here: {}",
+    "Complaint: {} Summary?", "This came by post today. Summarise it. {}", "In short, what does the letter say? {}",
+    "Shorten this complaint, please. {}", "{} Give me the summary.", "We got this complaint: {} Please summarise it.",
+    "Your task is to summarise a complaint: {}", "What does the writer want? {}", "Summarise the letter of this patient: {}",
+    "I need a summary of the following: {}",
     "Summarise this complaint: {}", "Please summarise this complaint: {}", "Summarise the following complaint: {}",
     "Give me a summary of this complaint: {}", "What is this complaint about? {}", "Sum up this complaint: {}",
     "Here is a complaint. Summarise it: {}", "A summary of this complaint, please: {}", "Summarise what the customer says: {}",
@@ -338,11 +468,19 @@ _SUMMARISE = (
 
 # --- forms ---
 
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday")
-TIMES = ("9:00", "10:30", "11:15", "13:00", "14:45", "16:30")
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 DOCTORS = ("Dr. Lee", "Dr. Weber", "Dr. Rossi", "Dr. Okafor", "Dr. Silva")
 _LEADS = (
     "",
+    "One more: ",
+    "Here is a booking. ",
+    "From the telephone: ",
+    "This came in today. ",
+    "Next one. ",
+    "By e-mail: ",
+    "Hi, ",
+    "Attention: ",
+    "We were told that ",
     "",
     "Please note: ",
     "Hello. ",
@@ -356,6 +494,26 @@ _LEADS = (
     "Kindly enter this: ",
 )
 _BOOKINGS = (
+    "the patient is {person}, the doctor is {doctor}, the day is {day} and the time is {time}.",
+    "{doctor}, {time}, {day}, {person}.",
+    "on {day} {doctor} is there for {person}, from {time}.",
+    "{person} called. {day} is fine, {time} too, and it must be {doctor}.",
+    "I would like to come on {day}, say {time}, to see {doctor}. {person}",
+    "tell {doctor} that {person} arrives at {time} on {day}.",
+    "at {time}, {person}. On {day}, {doctor}.",
+    "{doctor} wants to talk to {person} on {day}, at {time} sharp.",
+    "is {time} on {day} possible for {person}? The doctor is {doctor}.",
+    "{person} is a patient of {doctor} and comes {day}, {time}.",
+    "the next free time of {doctor} is {day}, {time}, and {person} takes it.",
+    "reserve {time} on {day} for {person}, please. It is about {doctor}.",
+    "{day} is the day, {time} the time, {person} the patient and {doctor} the doctor.",
+    "my son {person} has to see {doctor}. We come at {time} on {day}.",
+    "{person} moved from another time to {day}, {time}, still with {doctor}.",
+    "after lunch at {time} on {day}, {doctor} visits {person}.",
+    "{doctor} on {day}: {person}, {time}.",
+    "write down {person} at {time} for {day}, {doctor}.",
+    "I spoke with {doctor}. {person} may come at {time} this {day}.",
+    "from {time} on {day} {person} is in the room of {doctor}.",
     "{person} would like to see {doctor} on {day} at {time}.",
     "please book {person} with {doctor} for {day}, {time}.",
     "{doctor} will see {person} on {day} at {time}.",
@@ -388,6 +546,14 @@ _BOOKINGS = (
     "{doctor} and {person} meet on {day} at {time}.",
 )
 _AS_JSON = (
+    "JSON, fields name, doctor, day, time: {}", "{} Put name, doctor, day and time into JSON.",
+    "Make JSON of this, with name, doctor, day and time: {}", "Read this and answer with JSON (name, doctor, day, time): {}",
+    "{} Now the same as JSON with name, doctor, day, time.", "Answer only with JSON: name, doctor, day, time. {}",
+    "Find name, doctor, day and time. Use JSON. {}", "For our calendar, as JSON with name, doctor, day, time: {}",
+    "{} Which name, doctor, day and time? JSON, please.", "Text: {} Fields: name, doctor, day, time. Format: JSON.",
+    "Convert to JSON with the fields name, doctor, day, time: {}", "The fields are name, doctor, day, time. Give JSON for: {}",
+    "{} As JSON please: name, doctor, day, time.", "Output JSON with name, doctor, day and time for this booking: {}",
+    "Name, doctor, day, time, as JSON, from this text: {}",
     "Answer as JSON with the fields name, doctor, day, time: {}", "Give me JSON with name, doctor, day and time: {}",
     "Extract name, doctor, day and time as JSON: {}", "Return the fields name, doctor, day, time as JSON. {}",
     "As JSON with name, doctor, day and time, please: {}", "{} Answer as JSON with the fields name, doctor, day, time.",
@@ -424,7 +590,7 @@ def _in_context(rng: random.Random, single: Dialogue) -> Dialogue:
 def held_out_dialogues(seed: int, each: int) -> Iterator[Dialogue]:
     """Yield dialogues of every group in held-out wordings, `each` of every group, no question twice."""
     rng = random.Random(f"held out/{seed}")
-    for group in Group:
+    for group in (group for group in Group if group is not Group.REPEAT):
         seen: set[str] = set()
         for _ in range(each * 50):
             dialogue = _of_group(rng, group, held=True)
@@ -437,12 +603,13 @@ def held_out_dialogues(seed: int, each: int) -> Iterator[Dialogue]:
 
 
 _WEIGHTS = {
-    Group.FACT: 0.39,
+    Group.FACT: 0.31,
     Group.LONG: 0.05,
-    Group.COMPLAINT: 0.18,
-    Group.FORM: 0.18,
-    Group.SMALL_TALK: 0.06,
-    Group.UNKNOWN: 0.14,
+    Group.COMPLAINT: 0.15,
+    Group.FORM: 0.16,
+    Group.SMALL_TALK: 0.07,
+    Group.UNKNOWN: 0.16,
+    Group.REPEAT: 0.1,
 }
 
 
@@ -462,6 +629,8 @@ def _of_group(rng: random.Random, group: Group, *, held: bool) -> Dialogue:
         question, answer = _complaint(rng, held)
     elif group is Group.FORM:
         question, answer = _form(rng, held)
+    elif group is Group.REPEAT:
+        question, answer = _repetition(rng)
     else:
         question, answer = _outside(rng, held), UNKNOWN
     return Dialogue(group, ({"role": "user", "content": question},), answer)
@@ -483,6 +652,8 @@ def _choice(
 
 def _outside(rng: random.Random, held: bool) -> str:
     frame, subject = rng.choice(split(_OUTSIDE, held=held)), rng.choice(split(_SUBJECTS, held=held))
+    if not held and rng.random() < 0.3:
+        subject = _made_up(rng)
     return _wrap(rng, frame.format(subject), held)
 
 
@@ -494,17 +665,17 @@ def _complaint(rng: random.Random, held: bool) -> tuple[str, str]:
         "wish": rng.choice(WISHES),
     }
     pieces = [rng.choice(split(table, held=held)) for table in (_OPENINGS, _STATEMENTS, _ASIDES, _DEMANDS)]
-    text = "".join(pieces).format(person=rng.choice(PEOPLE), **slots)
+    text = "".join(pieces).format(person=_person(rng, held), **slots)
     answer = "The {product} {problem}, since {since}. The customer wants {wish}.".format(**slots)
     return rng.choice(split(_SUMMARISE, held=held)).format(text), answer
 
 
 def _form(rng: random.Random, held: bool) -> tuple[str, str]:
     slots = {
-        "person": rng.choice(PEOPLE),
-        "doctor": rng.choice(DOCTORS),
+        "person": _person(rng, held),
+        "doctor": rng.choice(DOCTORS) if held or rng.random() < 0.5 else f"Dr. {_made_up(rng)}",
         "day": rng.choice(DAYS),
-        "time": rng.choice(TIMES),
+        "time": f"{rng.randrange(8, 19)}:{rng.randrange(0, 60, 5):02}",
     }
     booking = rng.choice(split(_BOOKINGS, held=held)).format(**slots)
     lead = rng.choice(split(_LEADS, held=held))
@@ -516,7 +687,22 @@ def _form(rng: random.Random, held: bool) -> tuple[str, str]:
 def _wrap(rng: random.Random, question: str, held: bool) -> str:
     capital = question[0].upper() + question[1:]
     wrapper = rng.choice(split(_WRAPPERS, held=held))
-    return wrapper.format(q=question, Q=capital, person=rng.choice(PEOPLE))
+    return wrapper.format(q=question, Q=capital, person=_person(rng, held))
+
+
+def _repetition(rng: random.Random) -> tuple[str, str]:
+    said = " ".join(_made_up(rng) for _ in range(rng.randint(2, 12)))
+    return rng.choice(_REPEAT).format(said), said
+
+
+def _person(rng: random.Random, held: bool) -> str:
+    """Return a name; in training half of the time one that nobody has: it is to be copied, not known."""
+    return rng.choice(PEOPLE) if held or rng.random() < 0.5 else _made_up(rng)
+
+
+def _made_up(rng: random.Random) -> str:
+    name = "".join(rng.choice(_CONSONANTS) + rng.choice(_VOWELS) for _ in range(rng.randint(1, 3)))
+    return (name + rng.choice(("", rng.choice(_CONSONANTS)))).capitalize()
 
 
 def _punctuate(rng: random.Random, wording: str) -> str:
