@@ -181,7 +181,7 @@ def test_no_output_leaves_before_it_is_on_record(
         return gates[0]
 
     async def step(position: int) -> None:
-        await asyncio.sleep(0.0005 * chunk)
+        await asyncio.sleep(max(0.002, 0.0005 * chunk))  # uvloop does not wait for less than a millisecond
 
     engine = TrailingEngine(lambda prompt: PROSE, step=step, chunk=chunk)
     with running_gateway(tmp_path, engine, obligations=obligations, sections=sections, around=around) as gateway:
