@@ -201,7 +201,7 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, A
 def run(
     connection: Connection, statement: UpdateBase | Select[Any], rows: Sequence[dict[str, Any]]
 ) -> CursorResult[Any]:
-    """Execute, by the driver alone, a statement that is built once, for each of `rows`, one at least: values by name."""
+    """Execute, by the driver alone, a statement built once, for each of `rows`, one at least: bound values by name."""
     compiled, positions = _compiled(statement, connection.dialect)
     values = rows if positions is None else [tuple(row[name] for name in positions) for row in rows]
     return connection.exec_driver_sql(compiled, values if len(values) > 1 else values[0])
