@@ -7,6 +7,7 @@ new name may be lost with the power.
 from __future__ import annotations
 
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,9 +21,10 @@ def replace_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:
     Raises:
         OSError: it could not be written; the old content stands. A failed fsync must not be retried.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    # Named by the thread, whose number no other on this machine has: two logs of one process may share a trust file.
+    beside = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
     with suppress(OSError):
-        beside.unlink()  # of a crash, whose process had our number
+        beside.unlink()  # of a crash, whose thread had our number
     try:
         write_new_file(beside, content, mode)
         beside.replace(path)

@@ -102,10 +102,10 @@ async def test_a_fenced_writer_is_never_heard_again(lossy: tuple[LogPlace, Socke
 
 async def test_a_living_gateway_closes_what_a_dead_one_left_open(lossy: tuple[LogPlace, SocketProxy]) -> None:
     place, _ = lossy
-    living = place.open(lease_s=0.3)
+    living = place.open(lease_s=3)
     other = LogPlace(replace(place.settings, ratchet=place.settings.ratchet.with_name("other")), place.admin_url)
     other.settings.ratchet.write_text("probity/ratchet/v1 0\n")
-    dying = other.open(lease_s=0.3)
+    dying = other.open(lease_s=3)
     await dying.append(received(R[0]))
     await living.append(received(R[1]))
     dying._release()

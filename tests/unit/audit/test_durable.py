@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     replace_file(path, b"old")
     # Somebody's leftover is in the way of the new file: nothing is written over.
-    in_the_way = tmp_path / f".file.{os.getpid()}.new"
+    in_the_way = tmp_path / f".file.{threading.get_native_id()}.new"
     in_the_way.mkdir()
     with pytest.raises(OSError, match="exists"):
         replace_file(path, b"new")
@@ -45,9 +47,24 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_a_leftover_of_a_crash_does_not_stop_the_next_write(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    (tmp_path / f".file.{os.getpid()}.new").write_bytes(b"half")
+    (tmp_path / f".file.{threading.get_native_id()}.new").write_bytes(b"half")
     replace_file(path, b"new")
     assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_that_replace_one_file_do_not_take_each_others_drafts(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    together = threading.Barrier(4)
+
+    def write(number: int) -> None:
+        together.wait()
+        for _ in range(50):
+            replace_file(path, bytes([number]) * 1000)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(4)))
+    assert path.read_bytes() in {bytes([number]) * 1000 for number in range(4)}
     assert list(tmp_path.iterdir()) == [path]
 
 
