@@ -1,16 +1,20 @@
 """The officers' view: what a request's leaves say, as one row of `request_index`.
 
 Mutable and rebuildable: every column comes from a leaf. The writer keeps it in the leaf's own transaction, so the view
-is never behind the evidence. Pure: leaves in, column values out.
+is never behind the evidence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+
+from sqlalchemy import Connection, Dialect
 
 from audit.leaf import Leaf
 from audit.records import RecordType
+from audit.tables import ROWS_A_STATEMENT, batched, placeholders
 
 FOUND = frozenset({"flagged", "redacted", "blocked", "error"})  # verdicts by which officers look for a guardrail
 
@@ -61,6 +65,31 @@ def closing_values(leaf: Leaf, time_us: int) -> dict[str, Any]:
         "completion_tokens": body.get("usage", {}).get("completion_tokens"),
         "more_guardrails": found(body).removeprefix("|"),
     }
+
+
+_CLOSING = ("at_request", "status", "code", "completed_at", "completion_tokens", "more_guardrails")
+
+
+def close_rows(connection: Connection, closings: Sequence[dict[str, Any]]) -> None:
+    """Change the rows of requests that ended, each as `closing_values` says."""
+    for some in batched(closings):
+        values = tuple(row[name] for row in some for name in _CLOSING)
+        connection.exec_driver_sql(_close(len(some), connection.dialect), values)
+
+
+@lru_cache(maxsize=ROWS_A_STATEMENT)
+def _close(rows: int, dialect: Dialect) -> str:
+    # PostgreSQL takes a column of NULLs for text: the numbers are cast.
+    return f"""
+        WITH closing ({", ".join(_CLOSING)}) AS (VALUES {placeholders(rows, len(_CLOSING), dialect)})
+        UPDATE request_index SET
+            status = closing.status,
+            code = closing.code,
+            completed_at = CAST(closing.completed_at AS BIGINT),
+            completion_tokens = CAST(closing.completion_tokens AS BIGINT),
+            guardrails = request_index.guardrails || closing.more_guardrails
+        FROM closing WHERE request_index.request_id = closing.at_request
+    """  # noqa: S608
 
 
 def found(body: Mapping[str, Any]) -> str:

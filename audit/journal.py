@@ -10,13 +10,14 @@ Knows the journal's rows and the writers' leases; the closing records themselves
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, select, update
 
 from audit.content import open_transient
 from audit.records import Record, RecordType
-from audit.tables import journal, request_index, writer
+from audit.tables import ROWS_A_STATEMENT, journal, placeholders, request_index, writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,14 @@ def orphans(connection: Connection) -> list[Orphan]:
         .order_by(request_index.c.received_at, request_index.c.request_id)
     )
     return [Orphan(*row) for row in rows]
+
+
+def clear_journal(connection: Connection, request_ids: Sequence[str]) -> None:
+    """Forget the segments of requests whose closing record is in the same transaction."""
+    for at in range(0, len(request_ids), ROWS_A_STATEMENT):
+        some = request_ids[at : at + ROWS_A_STATEMENT]
+        row = placeholders(1, len(some), connection.dialect)
+        connection.exec_driver_sql(f"DELETE FROM journal WHERE request_id IN {row}", tuple(some))  # noqa: S608
 
 
 def journaled_text(connection: Connection, orphan: Orphan, data_key: bytes) -> list[str]:

@@ -112,7 +112,7 @@ class FileKeyEncryption:
             raise WrappedKeyRefused(f"a data key of `{tenant}` does not unwrap with this master key") from error
 
     def _cipher(self, tenant: str, salt: bytes) -> AESGCM:
-        return AESGCM(hmac.digest(self._tenant_key(tenant), salt, "sha256"))
+        return AESGCM(hmac.new(self._tenant_key(tenant), salt, "sha256").digest())
 
     def _tenant_key(self, tenant: str) -> bytes:
         key = self._tenant_keys.get(tenant)
@@ -190,7 +190,7 @@ def pseudonym(key: bytes, tenant: str, kind: str, value: str) -> str:
     if "\0" in tenant or "\0" in kind:
         raise ValueError("a tenant or kind holds a zero byte")
     text = "\0".join(("probity/pseudonym/v1", tenant, kind, value))
-    return hmac.digest(key, text.encode("utf-8", "surrogatepass"), "sha256").hex()[:PSEUDONYM_DIGITS]
+    return hmac.new(key, text.encode("utf-8", "surrogatepass"), "sha256").hexdigest()[:PSEUDONYM_DIGITS]
 
 
 def read_key(directory: Path, kind: str) -> bytes:

@@ -29,12 +29,13 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
-    insert,
     make_url,
     select,
     text,
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from audit.tables import insert_rows
 
 # KeyStoreError            catch this
 # ├── KeyStoreUnsafe       the database would acknowledge what a power cut can still lose: refuse to start
@@ -181,7 +182,7 @@ class KeyStore:
         rows = [{"key_id": key.key_id, "tenant": key.tenant, "wrapped": key.wrapped} for key in keys]
         if rows:
             with self._engine.begin() as connection:
-                connection.execute(insert(data_key), rows)
+                insert_rows(connection, data_key, rows)
 
     def _absent(self, keys: Sequence[WrappedKey]) -> list[WrappedKey]:
         """Return those not stored yet; refuse an id that is taken by another key."""

@@ -56,7 +56,7 @@ def open_log(connection: Connection, log: str, tenant: str) -> None:
 
 def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     """Append `leaves` to the tree of `log` in their order; return its new size. Part of the caller's transaction."""
-    stored = run(connection, _FRONTIER, [{"at_log": log}]).scalar_one()
+    stored = run(connection, _FRONTIER, {"at_log": log}).scalar_one()
     frontier = Frontier.from_bytes(bytes(stored))
     first = frontier.size
     insert_rows(
@@ -70,7 +70,7 @@ def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     for new in leaves:
         frontier.push(new.leaf_hash)
     edge = {"at_log": log, "new_size": frontier.size, "new_frontier": frontier.to_bytes()}
-    run(connection, _SET_HEAD, [edge])
+    run(connection, _SET_HEAD, edge)
     _write_full_tiles(connection, log, first, frontier.size)
     return frontier.size
 

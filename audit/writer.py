@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import re
 import threading
 import time
@@ -25,17 +24,18 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, String, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, String, bindparam, func, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
 
 from audit.canonical import LeafError, canonical, leaf_hash
-from audit.content import DATA_KEY_BYTES, Random, SealedPart, seal, seal_transient
+from audit.content import Random, RandomPages, SealedPart, seal, seal_transient
 from audit.database import Database
 from audit.identifier import NOISE_BYTES, uuid7
-from audit.index import closing_values, opening_row
-from audit.journal import Orphan, fence, interrupted, journaled_text, orphans, part_name
+from audit.index import close_rows, closing_values, opening_row
+from audit.journal import Orphan, clear_journal, fence, interrupted, journaled_text, orphans, part_name
+from audit.key_supply import KeySupply
 from audit.keys import Keyring
-from audit.keystore import KeyStore, KeyStoreError, WrappedKey
+from audit.keystore import KeyStore, KeyStoreError
 from audit.leaf import FIRST_PREV, Leaf, PartCommitment
 from audit.ratchet import Ratchet, RatchetError
 from audit.records import CLOSING, Receipt, Record, RecordType, Segment
@@ -157,10 +157,9 @@ class _Batch:
 
     chains: dict[str, _Link]
     opened: dict[str, _OpenRequest]
-    closed: set[str] = field(default_factory=set)
+    closed: set[str] = field(default_factory=set)  # requests
     new_logs: dict[str, str] = field(default_factory=dict)  # log → tenant
     sequences: set[tuple[str, int]] = field(default_factory=set)  # segments, by request and number
-    keys: list[WrappedKey] = field(default_factory=list)
     leaves: list[dict[str, Any]] = field(default_factory=list)
     contents: list[dict[str, Any]] = field(default_factory=list)
     segments: list[dict[str, Any]] = field(default_factory=list)
@@ -181,23 +180,24 @@ class Writer:
         *,
         low_water_bytes: int,
         now: Callable[[], float] = time.time,
-        random: Random = os.urandom,
+        random: Random | None = None,  # the system's, by the page
         on_new_log: Callable[[], None] = lambda: None,
         on_death: Callable[[str], None] = lambda why: None,
         lease_s: float = LEASE_S,
     ) -> None:
+        self._random = random or RandomPages()
+        self._now = now
         self._database = database
         self._keyring = keyring
         self._keystore = keystore
+        self._keys = KeySupply(keystore, keyring.encryption, self._random, self._new_id)
         self._ratchet = ratchet
         self._origin = origin
         self._low_water_bytes = low_water_bytes
-        self._now = now
-        self._random = random
         self._on_new_log = on_new_log
         self._on_death = on_death
         self._lease_s = lease_s
-        self.id = random(8).hex()
+        self.id = self._random(8).hex()
         self._queue: deque[_Entry] = deque()
         self._condition = threading.Condition()
         self._closing = False
@@ -371,15 +371,14 @@ class Writer:
     def _prepare_record(self, record: Record, log: str, batch: _Batch) -> Receipt:
         """Take the record into the batch, whole or not at all."""
         moment = self._now()
-        record_id = uuid7(int(moment * 1000), self._random(NOISE_BYTES))
-        request = self._request_of(record, record_id, batch)
+        record_id = self._new_id()
+        request = self._request_of(record, batch)
         link = batch.chains.get(log, _Link(0, FIRST_PREV))
         try:
             sealed = self._seal(record, record_id, request)
             new = self._leaf(record, log, link, record_id, moment, sealed)
             encoded = new.encode()
             rows = _IndexRows.of(new, record.tenant, request.key_id, _us(moment))
-            key = self._key(record, request)
         except LeafError as error:
             raise RecordTooLarge(str(error)) from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -391,7 +390,6 @@ class Writer:
         batch.contents.extend(_content_row(new, request.key_id, name, part) for name, part in sealed.items())
         batch.openings.extend(rows.opening)
         batch.closings.extend(rows.closing)
-        batch.keys.extend(key)
         self._follow(record, request, batch)
         return Receipt(log, self.id, link.next_seq, digest.hex())
 
@@ -424,32 +422,30 @@ class Writer:
             },
         )
 
-    def _request_of(self, record: Record, record_id: str, batch: _Batch) -> _OpenRequest:
-        """Return the data key to seal with: the open request's, or a fresh one with the id it is stored under."""
+    def _new_id(self) -> str:
+        return uuid7(int(self._now() * 1000), self._random(NOISE_BYTES))
+
+    def _request_of(self, record: Record, batch: _Batch) -> _OpenRequest:
+        """Return the data key to seal with: the open request's, or a fresh one; none where nothing is sealed."""
         request = batch.opened.get(record.request_id or "")
         if record.type in CLOSING:
             if request is None or record.request_id in batch.closed:
                 raise AlreadyClosed("the request is not open here: it was closed, or never received")
             return request
-        if record.type in _OPENS_KEY:
-            if request is not None:
-                raise RecordMalformed("the request was received already; every request has an id of its own")
-            return _OpenRequest(record.request_id or record_id, self._random(DATA_KEY_BYTES))
-        return _OpenRequest(record_id, self._random(DATA_KEY_BYTES))
-
-    def _key(self, record: Record, request: _OpenRequest) -> list[WrappedKey]:
-        """Return the data key to store with a record, if it brings one."""
-        sealed = record.parts or record.identities or record.type is RecordType.REQUEST_RECEIVED
-        if record.type in CLOSING or not sealed:
-            return []
-        wrapped = self._keyring.encryption.wrap(record.tenant, request.data_key)
-        return [WrappedKey(request.key_id, record.tenant, wrapped)]
+        if record.type in _OPENS_KEY and request is not None:
+            raise RecordMalformed("the request was received already; every request has an id of its own")
+        if record.type in _OPENS_KEY or record.parts or record.identities:
+            fresh = self._keys.take(record.tenant)
+            return _OpenRequest(fresh.id, fresh.key)
+        return _OpenRequest("", b"")
 
     def _follow(self, record: Record, request: _OpenRequest, batch: _Batch) -> None:
+        if record.request_id is None:
+            return
         if record.type in CLOSING:
-            batch.closed.add(request.key_id)
+            batch.closed.add(record.request_id)
         elif record.type is RecordType.REQUEST_RECEIVED:
-            batch.opened[request.key_id] = request
+            batch.opened[record.request_id] = request
 
     def _prepare_segment(self, segment: Segment, batch: _Batch) -> None:
         request = batch.opened.get(segment.request_id)
@@ -474,7 +470,7 @@ class Writer:
     def _commit(self, batch: _Batch, within: Within | None) -> None:
         """Make the batch durable, or raise. Then this writer's state is the batch's."""
         if batch.leaves or batch.segments:
-            self._keystore.put_many(batch.keys)
+            self._keys.store()
             try:
                 self._transact(batch, within)
             except DBAPIError as error:
@@ -503,8 +499,8 @@ class Writer:
             insert_rows(connection, journal, batch.segments)
             insert_rows(connection, request_index, batch.openings)
             if batch.closings:
-                run(connection, _CLOSE_INDEX, batch.closings)
-                run(connection, _CLEAR_JOURNAL, batch.closings)
+                close_rows(connection, batch.closings)
+                clear_journal(connection, [row["at_request"] for row in batch.closings])
             self._keep_chains(connection, batch.leaves)
 
     def _check_fence(self, connection: Connection) -> None:
@@ -530,9 +526,9 @@ class Writer:
                 numbered = appended if self._database.embedded else 0
                 connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=numbered))
             elif self._database.embedded:
-                run(connection, _APPENDED_AND_NUMBERED, [{**values, "numbered": appended}])
+                run(connection, _APPENDED_AND_NUMBERED, {**values, "numbered": appended})
             else:
-                run(connection, _APPENDED, [values])
+                run(connection, _APPENDED, values)
             if self._database.embedded:
                 number(connection, log, [NewLeaf(self.id, row["writer_seq"], row["leaf_hash"]) for row in rows])
 
@@ -588,12 +584,12 @@ class Writer:
             self._chains = _stored_chains(connection, self.id)
             self._logs = set(connection.execute(select(head.c.log)).scalars())
             open_ids = connection.execute(
-                select(request_index.c.request_id, request_index.c.tenant).where(
+                select(request_index.c.request_id, request_index.c.tenant, request_index.c.key_id).where(
                     request_index.c.writer == self.id, request_index.c.status == "received"
                 )
             ).all()
         self._uncertain = False
-        self._close_strays([(request_id, tenant) for request_id, tenant in open_ids if request_id not in self._open])
+        self._close_strays([Orphan(*row) for row in open_ids if row[0] not in self._open])
         self._open = {row[0]: self._open[row[0]] for row in open_ids if row[0] in self._open}
 
     def _recover(self) -> None:
@@ -619,7 +615,7 @@ class Writer:
 
     def _close_orphans(self, texts: Sequence[tuple[Orphan, list[str]]]) -> None:
         for orphan, durable in texts:
-            self._adopt(orphan.request_id, orphan.tenant)
+            self._adopt(orphan)
             self._close_now(interrupted(orphan, durable))
 
     def _close_now(self, record: Record) -> None:
@@ -627,17 +623,17 @@ class Writer:
         self._prepare(_Entry(None, None, record=record), batch)
         self._commit(batch, None)
 
-    def _close_strays(self, strays: Iterable[tuple[str, str]]) -> None:
+    def _close_strays(self, strays: Iterable[Orphan]) -> None:
         """Close requests that were stored although their caller was told that they were not: nothing was generated."""
-        for request_id, tenant in strays:
-            self._adopt(request_id, tenant)
+        for stray in strays:
+            self._adopt(stray)
             body = {"reason": "not_confirmed"}
-            self._close_now(Record(RecordType.REQUEST_INTERRUPTED, tenant, body, request_id, {"output": b"[]"}))
+            record = Record(RecordType.REQUEST_INTERRUPTED, stray.tenant, body, stray.request_id, {"output": b"[]"})
+            self._close_now(record)
 
-    def _adopt(self, request_id: str, tenant: str) -> None:
+    def _adopt(self, orphan: Orphan) -> None:
         """Take over an open request, of a writer that ended or our own."""
-        data_key = self._keyring.encryption.unwrap(tenant, self._keystore.get(request_id).wrapped)
-        self._open[request_id] = _OpenRequest(request_id, data_key)
+        self._open[orphan.request_id] = _OpenRequest(orphan.key_id, self._data_key(orphan))
 
     def _die(self, why: str) -> None:
         with self._condition:
@@ -718,6 +714,7 @@ class Writer:
     def _end(self) -> None:
         if self.dead is None:
             self._attempt(self._publish)
+            self._attempt(self._keys.destroy_rest)
             self._attempt(self._end_lease)
 
     def _end_lease(self) -> None:
@@ -804,24 +801,12 @@ def _run_within(within: Within, connection: Connection) -> None:
         raise _WithinFailed from error
 
 
-_CLOSE_INDEX = (
-    update(request_index)
-    .where(request_index.c.request_id == bindparam("at_request"))
-    .values(
-        status=bindparam("status"),
-        code=bindparam("code"),
-        completed_at=bindparam("completed_at"),
-        completion_tokens=bindparam("completion_tokens"),
-        guardrails=request_index.c.guardrails + bindparam("more_guardrails"),
-    )
-)
 _APPENDED = (
     update(chain)
     .where(chain.c.log == bindparam("at_log"), chain.c.writer == bindparam("at_writer"))
     .values(appended=bindparam("appended"))
 )
 _APPENDED_AND_NUMBERED = _APPENDED.values(numbered=bindparam("numbered"))
-_CLEAR_JOURNAL = delete(journal).where(journal.c.request_id == bindparam("at_request"))
 
 
 def _stored_chains(connection: Connection, writer_id: str) -> dict[str, _Link]:

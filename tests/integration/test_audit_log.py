@@ -71,7 +71,7 @@ async def test_a_denial_stands_alone(place: LogPlace) -> None:
 async def test_the_content_opens_with_the_stored_key_and_nothing_else_shows_it(place: LogPlace) -> None:
     log = place.open()
     await log.append(received(R[0], prompt=b"a canary sings"))
-    key = log.keyring.encryption.unwrap(TENANT, log.keystore.get(R[0]).wrapped)
+    key = log.keyring.encryption.unwrap(TENANT, log.keystore.get(place.key_id(R[0])).wrapped)
     log.close()
     ((leaf_bytes,),) = place.rows("SELECT bytes FROM leaf WHERE type = 'request.received'")
     leaf = Leaf.parse(bytes(leaf_bytes))  # type: ignore[call-overload]

@@ -115,7 +115,7 @@ class LogMachine(RuleBasedStateMachine):
         closed = [request for request in self.statuses if request not in self._open()]
         if closed:
             request = data.draw(st.sampled_from(closed))
-            self.log.keystore.destroy([request])
+            assert self.log.keystore.destroy([self.place.key_id(request)]) == (request not in self.shredded)
             self.shredded.add(request)
 
     @rule(orderly=st.booleans())
@@ -157,10 +157,10 @@ class LogMachine(RuleBasedStateMachine):
             return  # closed by this last start
         if request in self.shredded:
             with pytest.raises(KeyNotHeld):
-                keystore.get(request)  # type: ignore[attr-defined]
+                keystore.get(self.place.key_id(request))  # type: ignore[attr-defined]
             return
         tenant = self.tenants[request]
-        key = keyring.encryption.unwrap(tenant, keystore.get(request).wrapped)  # type: ignore[attr-defined]
+        key = keyring.encryption.unwrap(tenant, keystore.get(self.place.key_id(request)).wrapped)  # type: ignore[attr-defined]
         part = next(part for part in leaf.parts if part.name == "output")
         sealed = SealedPart(bytes.fromhex(part.com), bytes.fromhex(part.ct), nonce, ciphertext)
         output = json.loads(open_part(key, tenant, leaf.record, "output", sealed).plaintext)

@@ -69,6 +69,11 @@ class LogPlace:
         finally:
             engine.dispose()
 
+    def key_id(self, request: str) -> str:
+        """Return the id of the data key that a request's content is sealed with."""
+        ((key_id,),) = self.rows(f"SELECT key_id FROM request_index WHERE request_id = '{request}'")
+        return str(key_id)
+
 
 def embedded_place(directory: Path) -> LogPlace:
     url = f"sqlite:///{directory}/audit.db"

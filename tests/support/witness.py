@@ -48,7 +48,8 @@ class Witness:
             connection.close()
         if closing:
             return dict(enumerate(json.loads(self._part(closing[0], "output"))))
-        key = self._data_key(request_id)
+        ((key_id,),) = self._rows("SELECT key_id FROM request_index WHERE request_id = ?", request_id)
+        key = self._data_key(str(key_id))
         texts: dict[int, str] = {}
         for sequence, choice, sealed in segments:
             opened = open_transient(key, self._tenant, request_id, part_name(sequence), sealed).decode()
