@@ -90,7 +90,7 @@ def serve(
         _say(f"serving on {settings.server.host}:{settings.server.port}, data in `{settings.data_dir}`")
         running = server(gateway)
         with _ending_well():
-            running.run()
+            running.run_alone()
     if not running.started:
         _fail("the server did not start; is the port in use?")
 

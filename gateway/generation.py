@@ -102,6 +102,7 @@ class Generation:
             log.journal,
             monotonic,
             engine.token_text,
+            on_halt=self._abort_choice,
         )
 
     async def run(self) -> None:
@@ -135,6 +136,9 @@ class Generation:
 
     async def _generate(self) -> None:
         """Follow every choice to its end while the pump releases; the first failure of either ends all."""
+        if len(self._choices) == 1 and not self._grant.question.request.stream:
+            await self._follow(0)  # the common case, without tasks to watch each other
+            return
         followers = [asyncio.ensure_future(self._follow(index)) for index in range(len(self._choices))]
         # An unstreamed answer leaves whole, after its closing record: there is nothing to journal on the way.
         pumps = [asyncio.ensure_future(self._release.pump())] if self._grant.question.request.stream else []
@@ -152,7 +156,6 @@ class Generation:
 
     async def _follow(self, index: int) -> None:
         choice = self._choices[index]
-        halted = False
         async for delta in self._engine.generate(choice.request):
             if self._suspended():
                 raise Suspended
@@ -161,17 +164,18 @@ class Generation:
             choice.tokens.extend(delta.tokens)
             if self.outbox.abandoned:  # it may have left before the engine knew the request
                 self._engine.abort(choice.request.request_id)
-            if not halted and not self._release.add(index, delta.text, delta.logprobs):
-                halted = True
-                self._engine.abort(choice.request.request_id)
+            self._release.add(index, delta.text, delta.logprobs)
             if delta.finish_reason is not None:
                 choice.stats = delta.stats
                 cancelled = delta.finish_reason is FinishReason.ABORT
                 self._release.finish(index, "cancelled" if cancelled else delta.finish_reason.value)
 
     def _abort(self) -> None:
-        for choice in self._choices:
-            self._engine.abort(choice.request.request_id)
+        for index in range(len(self._choices)):
+            self._abort_choice(index)
+
+    def _abort_choice(self, index: int) -> None:
+        self._engine.abort(self._choices[index].request.request_id)
 
     # --- closing ---
 

@@ -6,6 +6,8 @@
 an answer's last pieces only after its closing record. Delivered ≤ journaled ≤ inspected, always.
 
 The first piece is journaled at once, later ones at most every `PACE_S` per stream, so that many streams share commits.
+Text is inspected when it is to be journaled, all that waits in one go, or once `INSPECT_CHARS` of it wait: an inspector
+decides the same however a text is cut, and a look costs more than the few characters of one step are worth.
 It knows the log's `journal` and the policies' inspectors; it knows no HTTP and no engine.
 """
 
@@ -21,6 +23,7 @@ from gateway.answer import Outbox, Piece
 from gateway.trail import TokenText, Trail
 
 PACE_S = 0.020
+INSPECT_CHARS = 1024  # generated and not yet inspected, at most, while nothing is journaled
 
 
 class Inspector(Protocol):
@@ -39,6 +42,8 @@ class _Choice:
 
     def __init__(self, inspector: Inspector, token_text: TokenText) -> None:
         self.inspector = inspector
+        self.generated: list[str] = []  # not yet inspected
+        self.uninspected = 0  # characters of it
         self.waiting: list[str] = []  # inspected, not yet journaled
         self.taken = 0  # characters that were waiting once
         self.trail = Trail(token_text)
@@ -46,6 +51,29 @@ class _Choice:
         self.finish_reason: str | None = None
 
     def add(self, text: str) -> None:
+        """Take newly generated text; after a halt it is no longer wanted."""
+        if text and self.inspector.halted_by is None:
+            self.generated.append(text)
+            self.uninspected += len(text)
+
+    def inspect(self) -> None:
+        """Let the guardrails look at what was generated. The choice ends where one of them halts it."""
+        if not self.generated:
+            return
+        text = "".join(self.generated)
+        self.generated, self.uninspected = [], 0
+        self._pass(self.inspector.push(text))
+        if self.inspector.halted_by is not None:
+            self.finish_reason = "content_filter"
+
+    def finish(self, reason: str) -> None:
+        """No more text will come: what the guardrails still hold is decided now."""
+        self.inspect()
+        if self.finish_reason is None:
+            self._pass(self.inspector.finish())
+            self.finish_reason = reason if self.inspector.halted_by is None else "content_filter"
+
+    def _pass(self, text: str) -> None:
         if text:
             self.waiting.append(text)
             self.output.append(text)
@@ -68,36 +96,41 @@ class Release:
         journal: Callable[[Segment], Awaitable[None]],
         monotonic: Callable[[], float],
         token_text: TokenText,
+        on_halt: Callable[[int], None],
     ) -> None:
+        """`on_halt` is told of a choice that a guardrail ended, once: nothing more of it is wanted."""
         self._tenant = tenant
         self._request_id = request_id
         self._choices = [_Choice(inspector, token_text) for inspector in inspectors]
         self._outbox = outbox
         self._journal = journal
         self._monotonic = monotonic
+        self._on_halt = on_halt
         self.first_sent: float | None = None  # monotonic seconds
         self._sequence = 0
         self._unsent: list[Piece] = []  # being journaled
         self._ready = asyncio.Event()
 
-    def add(self, choice: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> bool:
-        """Inspect newly generated text. Return False when a guardrail halts this choice."""
+    def add(self, choice: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
+        """Take newly generated text of `choice`."""
         state = self._choices[choice]
         state.trail.add(logprobs)
-        state.add(state.inspector.push(text))
-        if state.inspector.halted_by is not None:
-            state.finish_reason = "content_filter"
-            return False
-        if state.waiting:
+        state.add(text)
+        if state.uninspected >= INSPECT_CHARS:
+            self._inspect(choice)
+        if state.generated or state.waiting:
             self._ready.set()
-        return True
 
     def finish(self, choice: int, reason: str) -> None:
-        """No more text will come for `choice`: what its guardrails still hold is decided now."""
+        """No more text will come for `choice`; unless a guardrail ended it, it ends for `reason`."""
+        self._choices[choice].finish(reason)
+
+    def _inspect(self, choice: int) -> None:
         state = self._choices[choice]
-        if state.finish_reason is None:
-            state.add(state.inspector.finish())
-            state.finish_reason = reason if state.inspector.halted_by is None else "content_filter"
+        going_on = state.finish_reason is None
+        state.inspect()
+        if going_on and state.finish_reason is not None:
+            self._on_halt(choice)
 
     def finish_reason(self, choice: int) -> str | None:
         return self._choices[choice].finish_reason
@@ -118,6 +151,7 @@ class Release:
         """If this is cancelled in the middle, the pieces stay unsent, and `send_rest` sends them."""
         confirmations: list[Awaitable[None]] = []
         for index, state in enumerate(self._choices):
+            self._inspect(index)
             if not state.waiting:
                 continue
             text = state.take()
@@ -127,7 +161,7 @@ class Release:
             self._sequence += 1
         if len(confirmations) == 1:
             await confirmations[0]
-        else:
+        elif confirmations:
             await asyncio.gather(*confirmations)
         self._send_unsent()
 

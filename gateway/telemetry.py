@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -35,6 +35,8 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _SHORT_SECONDS = (0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
+Metric = TypeVar("Metric", Counter, Histogram)
+
 AttributeValue = str | bool | int | float | Sequence[str]
 
 
@@ -53,6 +55,20 @@ class LogState(Protocol):
 
     @property
     def disk_low(self) -> bool: ...
+
+
+class _Labelled(Generic[Metric]):
+    """A metric's series by their labels' values. The library looks each one up anew, under a lock, every time."""
+
+    def __init__(self, metric: Metric) -> None:
+        self._metric: Metric = metric
+        self._series: dict[tuple[str, ...], Metric] = {}
+
+    def __call__(self, *values: str) -> Metric:
+        series = self._series.get(values)
+        if series is None:
+            series = self._series[values] = self._metric.labels(*values)
+        return series
 
 
 class _Bounded:
@@ -100,11 +116,9 @@ class EngineMetrics:
         self.latency = histogram("e2e_request_latency_seconds", "Arrival to last token.", _SECONDS)
         self.request_prompt = histogram("request_prompt_tokens", "Prompt length in tokens.", _TOKENS)
         self.request_output = histogram("request_generation_tokens", "Output length in tokens.", _TOKENS)
-        self._success = Counter(
-            "probity_request_success",
-            "Sequences ended, by reason.",
-            ["model_name", "finished_reason"],
-            registry=registry,
+        ended = ["model_name", "finished_reason"]
+        self._success = _Labelled(
+            Counter("probity_request_success", "Sequences ended, by reason.", ended, registry=registry)
         )
         self._model = model
 
@@ -116,7 +130,7 @@ class EngineMetrics:
         self.alive.set(health.alive)
 
     def observe_sequence(self, stats: GenerationStats, finish_reason: str) -> None:
-        self._success.labels(self._model, finish_reason).inc()
+        self._success(self._model, finish_reason).inc()
         self.prompt_tokens.inc(stats.prompt_tokens)
         self.generation_tokens.inc(stats.output_tokens)
         self.prefix_queries.inc(stats.prompt_tokens)
@@ -135,8 +149,8 @@ class GatewayMetrics:
     """What the gateway did with what it was asked."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"probity_{name}", what, labels, registry=registry)
+        def counter(name: str, what: str, *labels: str) -> _Labelled[Counter]:
+            return _Labelled(Counter(f"probity_{name}", what, labels, registry=registry))
 
         self._requests = counter("requests", "Requests answered.", "action", "status", "code")
         self._refusals = counter("credential_refusals", "Credentials refused, by reason.", "reason")
@@ -144,8 +158,10 @@ class GatewayMetrics:
         self._append = Histogram(
             "probity_audit_append_seconds", "Append to durable.", registry=registry, buckets=_SHORT_SECONDS
         )
-        self._stages = Histogram(
-            "probity_stage_seconds", "Stages of a request.", ["stage"], registry=registry, buckets=_SHORT_SECONDS
+        self._stages = _Labelled(
+            Histogram(
+                "probity_stage_seconds", "Stages of a request.", ["stage"], registry=registry, buckets=_SHORT_SECONDS
+            )
         )
         self._governed = Gauge("probity_requests_governed", "Requests received and not yet closed.", registry=registry)
         self._log_alive = Gauge("probity_audit_log_alive", "1 while the log takes records.", registry=registry)
@@ -155,19 +171,19 @@ class GatewayMetrics:
 
     def count_request(self, action: str, status: int, code: str = "ok") -> None:
         """`code` is an error's code of contract.md, or `ok`."""
-        self._requests.labels(self._actions(action), str(status), self._codes(code)).inc()
+        self._requests(self._actions(action), str(status), self._codes(code)).inc()
 
     def count_refusal(self, reason: str) -> None:
-        self._refusals.labels(reason).inc()
+        self._refusals(reason).inc()
 
     def count_guardrail(self, detector: str, stage: str, verdict: str) -> None:
-        self._guardrails.labels(self._detectors(detector), stage, verdict).inc()
+        self._guardrails(self._detectors(detector), stage, verdict).inc()
 
     def observe_append(self, seconds: float) -> None:
         self._append.observe(seconds)
 
     def observe_stage(self, stage: str, seconds: float) -> None:
-        self._stages.labels(self._stage_names(stage)).observe(seconds)
+        self._stages(self._stage_names(stage)).observe(seconds)
 
     def observe_state(self, log: LogState, governed: int) -> None:
         self._governed.set(governed)
@@ -193,8 +209,7 @@ class Telemetry:
         self._provider = _provider(settings, processor) if processor is not None else None
         self._tracer: Tracer | None = self._provider.get_tracer("probity") if self._provider is not None else None
 
-    @contextmanager
-    def stage(self, name: str, attributes: Attributes | None = None) -> Iterator[Note]:
+    def stage(self, name: str, attributes: Attributes | None = None) -> AbstractContextManager[Note]:
         """Time a stage of a request, and make it a span where traces are on; yields what notes more attributes on it.
 
         `name` is a constant of the code. An exception leaves its type on the span and nothing else of itself.
@@ -202,21 +217,18 @@ class Telemetry:
         Raises: ValueError: an attribute that semantic_conventions.py does not know.
         """
         _check_known(attributes or {})
-        start = time.perf_counter()
-        try:
-            if self._tracer is None:
-                yield _check_known
-            else:
-                with self._span(self._tracer, name, attributes or {}) as note:
-                    yield note
-        finally:
-            self.gateway.observe_stage(name, time.perf_counter() - start)
+        if self._tracer is None:
+            return _Timed(self.gateway, name)
+        return self._span(self._tracer, name, attributes or {})
 
     @contextmanager
     def _span(self, tracer: Tracer, name: str, attributes: Attributes) -> Iterator[Note]:
-        with tracer.start_as_current_span(
-            name, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
-        ) as span:
+        with (
+            _Timed(self.gateway, name),
+            tracer.start_as_current_span(
+                name, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
+            ) as span,
+        ):
 
             def note(more: Attributes) -> None:
                 _check_known(more)
@@ -239,10 +251,28 @@ class Telemetry:
             self._provider.shutdown()
 
 
+class _Timed:
+    """A stage without a span: a request has five, and a generator for each would cost more than all they measure."""
+
+    __slots__ = ("_metrics", "_name", "_start")
+
+    def __init__(self, metrics: GatewayMetrics, name: str) -> None:
+        self._metrics = metrics
+        self._name = name
+        self._start = 0.0
+
+    def __enter__(self) -> Note:
+        self._start = time.perf_counter()
+        return _check_known
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.observe_stage(self._name, time.perf_counter() - self._start)
+
+
 def _check_known(attributes: Attributes) -> None:
     """Raise ValueError for a name that semantic_conventions.py does not know: it may carry what must not be seen."""
-    unknown = attributes.keys() - KNOWN_ATTRIBUTES
-    if unknown:
+    if not KNOWN_ATTRIBUTES.issuperset(attributes):
+        unknown = attributes.keys() - KNOWN_ATTRIBUTES
         raise ValueError(f"no attribute is called {', '.join(sorted(unknown))}")
 
 

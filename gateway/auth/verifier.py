@@ -5,6 +5,10 @@ a public key, another `kid`, an absent `exp` or `aud` and an unknown `crit`, and
 hostile headers. So: caps on size and nesting and one reading of the JSON come before any cryptography; exactly one
 prebuilt public key is picked by issuer, `kid` and algorithm; the algorithm is fixed by that key, not by the header.
 
+An application sends one credential with thousands of requests. What was verified is remembered, by its digest, with the
+key that verified it: while the issuer still shows that very key, the same bytes need no second look at their signature.
+Times and claims are checked every time.
+
 A caller learns nothing but that it was refused. `Refusal` says why, for counters.
 
 Encrypted credentials do not exist here: `jose.jwe` is never imported.
@@ -14,14 +18,16 @@ Source: RFC 7515, 7519, 8725 (best current practices); architecture.md, "Hazards
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from gateway.auth import base64url
 from gateway.auth.claims import ClaimRefused, Expectation, read_claims
-from gateway.auth.jwks import ALGORITHMS, MAX_KID_CHARS, IssuerKeys
+from gateway.auth.jwks import ALGORITHMS, MAX_KID_CHARS, IssuerKeys, VerificationKey
 from gateway.strict_json import MalformedJson, parse_json
 from policies.request import Principal
 
@@ -30,6 +36,7 @@ MAX_HEADER_CHARS = 2048  # of the first segment
 MAX_SIGNATURE_CHARS = 1366  # RSA of 8192 bits
 MAX_NESTING = 8
 MAX_LEEWAY_S = 60.0
+MAX_REMEMBERED = 1024  # verified credentials
 
 _COMPACT = re.compile(r"[A-Za-z0-9_-]{2,}\.[A-Za-z0-9_-]{2,}\.[A-Za-z0-9_-]{2,}")
 _TYPES = frozenset({"jwt", "at+jwt", "application/at+jwt"})
@@ -75,8 +82,14 @@ class _Parsed:
     signature: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    parsed: _Parsed
+    key: VerificationKey
+
+
 class TokenVerifier:
-    """Stateless but for the issuers' keys. Event loop only."""
+    """Knows the issuers' keys, and which credentials they verified. Event loop only."""
 
     def __init__(self, issuers: Iterable[TrustedIssuer], clock: Callable[[], float]) -> None:
         """`clock` returns Unix seconds.
@@ -85,6 +98,7 @@ class TokenVerifier:
         """
         self._issuers: dict[str, TrustedIssuer] = {}
         self._clock = clock
+        self._verified: OrderedDict[bytes, _Verified] = OrderedDict()  # by SHA-256 of the credential, oldest first
         for trusted in issuers:
             self._add(trusted)
         if not self._issuers:
@@ -105,7 +119,9 @@ class TokenVerifier:
 
         Raises: CredentialRefused, and nothing else.
         """
-        parsed = _parse(credential)
+        digest = hashlib.sha256(credential).digest()
+        verified = self._verified.get(digest)
+        parsed = _parse(credential) if verified is None else verified.parsed
         issuer = parsed.claims.get("iss")
         trusted = self._issuers.get(issuer) if isinstance(issuer, str) else None
         if trusted is None:
@@ -115,12 +131,20 @@ class TokenVerifier:
         key = await trusted.keys.find(parsed.kid, parsed.algorithm)
         if key is None:
             raise CredentialRefused(Refusal.KEY)
-        if not key.verify(parsed.signed, parsed.signature):
-            raise CredentialRefused(Refusal.SIGNATURE)
+        # A fetched set has keys of its own, also where they are the same: a rotation is never overlooked.
+        if verified is None or verified.key is not key:
+            if not key.verify(parsed.signed, parsed.signature):
+                raise CredentialRefused(Refusal.SIGNATURE)
+            self._remember(digest, _Verified(parsed, key))
         try:
             return read_claims(parsed.claims, trusted.expected, self._clock())
         except ClaimRefused as refused:
             raise CredentialRefused(_reason_of(refused)) from None
+
+    def _remember(self, digest: bytes, verified: _Verified) -> None:
+        self._verified[digest] = verified
+        if len(self._verified) > MAX_REMEMBERED:
+            self._verified.popitem(last=False)
 
     async def check_keys(self) -> list[str]:
         """Fetch every issuer's keys that were never fetched; return the names of issuers without any. For readiness."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
 from gateway.admission import parse_json
 from gateway.answer import Failure
 from gateway.auth.authentication import with_purpose
-from gateway.auth.permissions import Permission, requires
+from gateway.auth.permissions import Permission, Requirement, requires
 from gateway.error_responses import invalid_fields
 from gateway.errors import ApiError
 from gateway.grant import Question
@@ -28,7 +30,27 @@ from gateway.streaming import (
     watch_disconnect,
 )
 
-router = APIRouter(prefix="/v1")
+
+class HandMade(APIRoute):
+    """A route whose endpoint reads the request itself: it is called once the route's requirement is met.
+
+    The framework would look for parameters, files and background tasks, of which there are none, at every call.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        (dependency,) = self.dependant.dependencies
+        requirement, endpoint = dependency.call, self.endpoint
+        assert isinstance(requirement, Requirement)
+
+        async def handle(request: Request) -> Response:
+            await requirement(request)
+            response: Response = await endpoint(request)
+            return response
+
+        return handle
+
+
+router = APIRouter(prefix="/v1", route_class=HandMade)
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import secrets
 import time
 from pathlib import Path
@@ -57,13 +58,16 @@ def run_governed(data: Path, port: int, engine: Engine, commit_delay_s: float) -
         database = app.state.probity.log.database.writer
         event.listen(database, "commit", lambda connection: time.sleep(commit_delay_s))
     (data / "app.jwt").write_text(credential(app, "app"))
-    server(app).run()
+    server(app).run_alone()
 
 
 def run_bare(data: Path, port: int, engine: Engine) -> None:
     data.mkdir(parents=True, exist_ok=True)
     (data / "app.jwt").write_text("none")
-    uvicorn.run(create_bare_app(engine), host="127.0.0.1", port=port, log_config=None, access_log=False)
+    app = create_bare_app(engine)
+    gc.collect()
+    gc.freeze()  # as the governed one does
+    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, access_log=False)
 
 
 def create_bare_app(engine: Engine) -> FastAPI:

@@ -26,6 +26,12 @@ def _digest(name: str) -> str:
     return "sha256:" + hashlib.sha256(name.encode()).hexdigest()
 
 
+_MODEL = ModelVersion(
+    "scripted", _digest("version"), _digest("weights"), _digest("config"), _digest("tokenizer"), _digest("t")
+)
+_NUMERIC_POLICY = _digest("numeric policy")
+
+
 async def _at_once(position: int) -> None:
     return None
 
@@ -54,13 +60,11 @@ class ScriptedEngine:
 
     @property
     def model(self) -> ModelVersion:
-        return ModelVersion(
-            "scripted", _digest("version"), _digest("weights"), _digest("config"), _digest("tokenizer"), _digest("t")
-        )
+        return _MODEL
 
     @property
     def numeric_policy(self) -> str:
-        return _digest("numeric policy")
+        return _NUMERIC_POLICY
 
     @property
     def context_length(self) -> int:
@@ -104,8 +108,9 @@ class ScriptedEngine:
             self._aborted.discard(request.request_id)
 
     def _delta(self, request: GenerationRequest, piece: bytes) -> TokenDelta:
-        logprobs = tuple(TokenLogprob(token, -0.5, ((token, -0.5),)) for token in piece)
-        return TokenDelta(piece.decode("latin-1"), tuple(piece), logprobs if request.sampling.logprobs else ())
+        wanted = request.sampling.logprobs
+        logprobs = tuple(TokenLogprob(token, -0.5, ((token, -0.5),)) for token in piece) if wanted else ()
+        return TokenDelta(piece.decode("latin-1"), tuple(piece), logprobs)
 
     def _stats(self, request: GenerationRequest, output: bytes) -> GenerationStats:
         return GenerationStats(

@@ -46,7 +46,7 @@ def main() -> None:
     (settings.data_dir / "app.jwt").write_text(credential(app, "app"))
     (settings.data_dir / "auditor.jwt").write_text(credential(app, "auditor", subject="otto@test.example"))
     signal.signal(signal.SIGTERM, _end)  # the server raises it again once it has drained
-    server(app).run()
+    server(app).run_alone()
 
 
 def _end(_signal: int, _frame: FrameType | None) -> NoReturn:

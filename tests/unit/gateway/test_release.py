@@ -13,7 +13,7 @@ from audit.records import Segment
 from audit.writer import LogUnavailable
 from engine.request import TokenLogprob
 from gateway.answer import Outbox, Piece
-from gateway.release import PACE_S, Release
+from gateway.release import INSPECT_CHARS, PACE_S, Release
 
 
 class Passing:
@@ -30,8 +30,9 @@ class Passing:
             return ""
         self._held += text
         if self._halt_at is not None and self._halt_at in self._held:
+            passed = self._held[: self._held.index(self._halt_at)]
             self.halted_by, self._held = "guard", ""
-            return ""
+            return passed
         upto = max(0, len(self._held) - self._hold)
         released, self._held = self._held[:upto], self._held[upto:]
         return released
@@ -70,8 +71,16 @@ class Bench:
         self.journal = journal or Journal()
         self.outbox = Outbox(on_abandon=lambda: None)
         self.moments: Iterator[int] = iter(range(10**6))
+        self.halted: list[int] = []
         self.release = Release(
-            "t", "r", inspectors or (Passing(),), self.outbox, self.journal, lambda: next(self.moments), _bytes_of
+            "t",
+            "r",
+            inspectors or (Passing(),),
+            self.outbox,
+            self.journal,
+            lambda: next(self.moments),
+            _bytes_of,
+            self.halted.append,
         )
         self.pieces: list[Piece] = []
 
@@ -194,15 +203,47 @@ async def test_sent_is_a_prefix_of_journaled_and_that_of_inspected_at_every_mome
 
 async def test_a_halted_choice_ends_with_what_had_passed_and_the_others_go_on() -> None:
     bench = Bench(Passing(hold=2, halt_at="4111"), Passing())
-    assert bench.release.add(0, "your card: 4")
-    assert not bench.release.add(0, "111", logprobs("111"))
-    assert bench.release.add(1, "fine")
+    bench.release.add(0, "your card: 4")
+    bench.release.add(0, "111", logprobs("111"))
+    bench.release.add(1, "fine")
     bench.release.finish(0, "stop")
     bench.release.finish(1, "stop")
     assert (bench.release.finish_reason(0), bench.release.finish_reason(1)) == ("content_filter", "stop")
     bench.release.send_rest()
-    assert (bench.sent(0), bench.sent(1)) == ("your card:", "fine")
+    assert (bench.sent(0), bench.sent(1)) == ("your card: ", "fine")
     assert [piece.logprobs for piece in bench.pieces if piece.choice == 0] == [()]  # they would show what was withheld
+
+
+async def test_a_streamed_choice_is_halted_when_its_text_is_to_be_journaled_and_nothing_more_is_taken() -> None:
+    bench = Bench(Passing(hold=2, halt_at="4111"), Passing())
+    pump = asyncio.create_task(bench.release.pump())
+    bench.release.add(0, "your card: 4")
+    await turn()
+    assert (bench.sent(0), bench.halted) == ("your card:", [])
+    bench.release.add(0, "111")
+    bench.release.add(1, "fine")
+    await asyncio.sleep(PACE_S * 2)
+    assert bench.halted == [0]
+    bench.release.add(0, " and more")
+    await asyncio.sleep(PACE_S * 2)
+    await cancelled(pump)
+    bench.release.finish(0, "stop")
+    bench.release.finish(1, "stop")
+    bench.release.send_rest()
+    assert (bench.sent(0), bench.sent(1), bench.halted) == ("your card: ", "fine", [0])
+    assert bench.release.finish_reason(0) == "content_filter"
+
+
+async def test_an_answer_that_nobody_pumps_is_halted_before_it_has_grown_long() -> None:
+    bench = Bench(Passing(halt_at="4111"))
+    bench.release.add(0, "4111")
+    assert bench.halted == []
+    bench.release.add(0, "x" * (INSPECT_CHARS - 5))
+    assert bench.halted == []
+    bench.release.add(0, "x")
+    assert bench.halted == [0]
+    bench.release.finish(0, "stop")
+    assert bench.release.output() == [""]
 
 
 async def test_log_probabilities_wait_for_held_text() -> None:

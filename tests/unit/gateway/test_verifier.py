@@ -22,7 +22,15 @@ from starlette.types import Message, Receive, Scope, Send
 from gateway import errors
 from gateway.auth.authentication import Authentication
 from gateway.auth.claims import Expectation
-from gateway.auth.verifier import MAX_CREDENTIAL_BYTES, CredentialRefused, Refusal, TokenVerifier, TrustedIssuer
+from gateway.auth.jwks import FetchedSet, IssuerKeys
+from gateway.auth.verifier import (
+    MAX_CREDENTIAL_BYTES,
+    MAX_REMEMBERED,
+    CredentialRefused,
+    Refusal,
+    TokenVerifier,
+    TrustedIssuer,
+)
 from policies.request import Principal
 from tests.support.credentials import (
     ISSUER,
@@ -483,6 +491,71 @@ async def test_an_issuer_whose_set_holds_a_weak_key_has_no_keys() -> None:
     keys = fixed_keys(jwks(rsa_jwk(weak, "rsa-1")))
     by = TokenVerifier([TrustedIssuer(Expectation(ISSUER, "probity"), frozenset({"RS256"}), keys)], lambda: NOW)
     assert_refused(*await ask(bearer(credential(sign=rs256(weak))), by=by))
+
+
+# --- what is remembered ---
+
+
+class Moving:
+    """A verifier of one issuer whose clock moves and whose key set changes."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.seconds = 0.0
+
+        async def fetch() -> FetchedSet:
+            return FetchedSet(self.data)
+
+        keys = IssuerKeys(fetch, lambda: self.seconds)
+        trusted = TrustedIssuer(Expectation(ISSUER, "probity"), frozenset({"RS256"}), keys)
+        self.by = TokenVerifier([trusted], lambda: NOW + self.seconds)
+
+    async def refused(self, token: str) -> Refusal | None:
+        try:
+            await self.by.verify(token.encode())
+        except CredentialRefused as refused:
+            return refused.reason
+        return None
+
+
+async def test_a_remembered_credential_expires_like_any_other() -> None:
+    moving = Moving(jwks(rsa_jwk(rsa_key(), "rsa-1")))
+    token = credential(good_claims(exp=int(NOW) + 100))
+    assert [await moving.refused(token) for _ in range(3)] == [None] * 3
+    moving.seconds = 131.0
+    assert await moving.refused(token) is Refusal.EXPIRED
+
+
+@pytest.mark.parametrize("other", [rsa_jwk(rsa_key("second"), "rsa-1"), rsa_jwk(rsa_key(), "rsa-2")])
+async def test_a_remembered_credential_is_refused_once_its_key_was_rotated(other: dict[str, object]) -> None:
+    moving = Moving(jwks(rsa_jwk(rsa_key(), "rsa-1")))
+    token = credential(good_claims(exp=int(NOW) + 5000))
+    assert [await moving.refused(token) for _ in range(2)] == [None] * 2
+    moving.data, moving.seconds = jwks(other), 1000.0
+    assert await moving.refused(token) in (Refusal.SIGNATURE, Refusal.KEY)
+    moving.data, moving.seconds = jwks(rsa_jwk(rsa_key(), "rsa-1")), 2000.0
+    assert await moving.refused(token) is None  # the same key in a new set
+
+
+async def test_a_change_of_a_remembered_credential_is_another_credential() -> None:
+    moving = Moving(jwks(rsa_jwk(rsa_key(), "rsa-1")))
+    token = credential()
+    assert await moving.refused(token) is None
+    head, _, tail = token.split(".")
+    other = b64(json.dumps(good_claims(sub="somebody else")).encode())
+    assert await moving.refused(f"{head}.{other}.{tail}") is Refusal.SIGNATURE
+    assert await moving.refused(token) is None
+
+
+async def test_only_so_many_credentials_are_remembered_and_only_good_ones() -> None:
+    moving = Moving(jwks(rsa_jwk(rsa_key(), "rsa-1")))
+    signed = credential().rsplit(".", 1)
+    for number in range(20):
+        assert await moving.refused(f"{signed[0]}.{b64(bytes([number]) * 256)}") is Refusal.SIGNATURE
+    assert len(moving.by._verified) == 0
+    for number in range(MAX_REMEMBERED + 5):
+        assert await moving.refused(credential(good_claims(jti=str(number)))) is None
+    assert len(moving.by._verified) == MAX_REMEMBERED
 
 
 def test_a_verifier_that_would_trust_too_much_is_not_made() -> None:
