@@ -68,6 +68,7 @@ class Generation:
         suspended: Callable[[], bool],
         cache_salt: bytes,
         recorded: float,
+        streams: Callable[[], int],
     ) -> None:
         question = grant.question
         self._grant = grant
@@ -103,6 +104,7 @@ class Generation:
             monotonic,
             engine.token_text,
             on_halt=self._abort_choice,
+            streams=streams,
         )
 
     async def run(self) -> None:

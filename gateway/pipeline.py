@@ -336,6 +336,7 @@ class Pipeline:
             suspended=lambda: self._policies.suspended(tenant),
             cache_salt=hmac.digest(self._salt_key, tenant.encode(), "sha256"),
             recorded=self._clock.monotonic(),
+            streams=self._governed.__len__,
         )
         task = asyncio.get_running_loop().create_task(generation.run())
         self._governed.add(task)  # the loop itself keeps only a weak reference

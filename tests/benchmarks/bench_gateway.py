@@ -3,7 +3,9 @@
     python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--commit-delay-ms 1] [--requests 96]
 
 Both servers run in processes of their own, in turn, with the load client in a third; TTFT, throughput and their ratios
-at concurrency 1, 8 and 32, streamed. Also the governed server's resident memory. Asserts nothing.
+at concurrency 1, 8 and 32, streamed. With the scripted engine, which answers at once, also what is asked of a gateway
+alone: short answers in one piece, a second, and engine steps of long streamed answers, a second; steps that wait
+together leave as one chunk. Also the governed server's resident memory. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -90,7 +92,19 @@ def main() -> None:
             for name, load in loads.items():
                 print(_row(concurrency, name, load))
             print(_comparison(loads["bare"], loads["governed"]))
+        if arguments.engine == "scripted":
+            _print_limits(bare, governed, arguments.requests)
         print(f"governed server: {governed.resident_mib:.0f} MiB resident; bare: {bare.resident_mib:.0f} MiB")
+
+
+def _print_limits(bare: Served, governed: Served, requests: int) -> None:
+    for name, one in (("bare", bare), ("governed", governed)):
+        short = run_load(one.url, one.token_file, MODEL, 32, 4 * requests, 16, stream=False)
+        long = run_load(one.url, one.token_file, MODEL, 32, requests, 448)
+        print(
+            f"{name:>20}: {short.requests_per_s:.0f} answers of 16 tokens/s, not streamed; "
+            f"{long.tokens_per_s:.0f} steps/s of streamed answers of 448 tokens"
+        )
 
 
 def _row(concurrency: int, name: str, load: Load) -> str:

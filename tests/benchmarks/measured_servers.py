@@ -46,7 +46,7 @@ SCRIPTED_ANSWER = "A transfer abroad costs twelve euros and takes two days. " * 
 
 def make_engine(name: str, data: Path) -> Engine:
     if name == "scripted":
-        return ScriptedEngine(lambda prompt: SCRIPTED_ANSWER, chunk=4)
+        return ScriptedEngine(lambda prompt: SCRIPTED_ANSWER)
     return load_model(load_settings(None, {}, {"data_dir": str(data)}))
 
 

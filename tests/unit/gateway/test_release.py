@@ -13,7 +13,7 @@ from audit.records import Segment
 from audit.writer import LogUnavailable
 from engine.request import TokenLogprob
 from gateway.answer import Outbox, Piece
-from gateway.release import INSPECT_CHARS, PACE_S, Release
+from gateway.release import INSPECT_CHARS, PACE_S, Release, pace
 
 
 class Passing:
@@ -81,6 +81,7 @@ class Bench:
             lambda: next(self.moments),
             _bytes_of,
             self.halted.append,
+            lambda: 1,
         )
         self.pieces: list[Piece] = []
 
@@ -140,6 +141,11 @@ async def test_the_first_piece_goes_at_once_and_later_ones_share_a_segment() -> 
     assert [segment.data for segment in bench.journal.durable] == [b"a", b"bcd"]
     assert [segment.sequence for segment in bench.journal.durable] == [0, 1]
     await cancelled(pump)
+
+
+@pytest.mark.parametrize(("streams", "seconds"), [(1, 0.02), (4, 0.02), (8, 0.04), (32, 0.16), (1000, 0.2)])
+def test_the_more_streams_there_are_the_slower_each_is_paced(streams: int, seconds: float) -> None:
+    assert pace(streams) == pytest.approx(seconds)
 
 
 async def test_what_the_journal_refuses_never_leaves_and_the_pump_says_so() -> None:
