@@ -158,11 +158,12 @@ class Release:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            await self._journal_and_send()
-            await asyncio.sleep(pace(self._streams()))
+            if await self._journal_and_send():  # where all is held, the next step may free it
+                await asyncio.sleep(pace(self._streams()))
 
-    async def _journal_and_send(self) -> None:
-        """If this is cancelled in the middle, the pieces stay unsent, and `send_rest` sends them."""
+    async def _journal_and_send(self) -> bool:
+        """Return whether there was something to journal. If this is cancelled in the middle, the pieces stay unsent, and
+        `send_rest` sends them."""
         confirmations: list[Awaitable[None]] = []
         for index, state in enumerate(self._choices):
             self._inspect(index)
@@ -178,6 +179,7 @@ class Release:
         elif confirmations:
             await asyncio.gather(*confirmations)
         self._send_unsent()
+        return bool(confirmations)
 
     def _send_unsent(self) -> None:
         if self._unsent and self.first_sent is None:

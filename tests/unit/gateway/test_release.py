@@ -148,6 +148,16 @@ def test_the_more_streams_there_are_the_slower_each_is_paced(streams: int, secon
     assert pace(streams) == pytest.approx(seconds)
 
 
+async def test_a_first_piece_that_is_held_leaves_as_soon_as_it_may() -> None:
+    bench = Bench(Passing(hold=4))
+    pump = asyncio.create_task(bench.release.pump())
+    for text, expected in (("ab", ""), ("cd", ""), ("ef", "ab"), ("gh", "ab")):
+        bench.release.add(0, text)
+        await turn()
+        assert bench.sent() == expected  # the last one is paced
+    await cancelled(pump)
+
+
 async def test_what_the_journal_refuses_never_leaves_and_the_pump_says_so() -> None:
     bench = Bench()
     bench.journal.failing = True
