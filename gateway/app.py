@@ -218,6 +218,9 @@ def server(app: FastAPI) -> Server:
         access_log=False,
         server_header=False,
         lifespan="on",
+        # Said here in full: the server's own default believes every process of this machine, and the environment.
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
         timeout_graceful_shutdown=int(settings.drain_timeout_s) + 1,
     )
     return Server(config, state.pipeline)

@@ -162,8 +162,10 @@ class Release:
                 await asyncio.sleep(pace(self._streams()))
 
     async def _journal_and_send(self) -> bool:
-        """Return whether there was something to journal. If this is cancelled in the middle, the pieces stay unsent, and
-        `send_rest` sends them."""
+        """Return whether there was something to journal.
+
+        If this is cancelled in the middle, the pieces stay unsent, and `send_rest` sends them.
+        """
         confirmations: list[Awaitable[None]] = []
         for index, state in enumerate(self._choices):
             self._inspect(index)

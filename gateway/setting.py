@@ -92,6 +92,14 @@ def is_database_url(text: str) -> bool:
     return bool(re.match(r"(?:sqlite:///|postgresql(?:\+psycopg)?://)", text)) and "\0" not in text
 
 
+def is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _is_loopback(host: str | None) -> bool:
     if host == "localhost":
         return True

@@ -34,6 +34,7 @@ from gateway.setting import (
     Kind,
     decimal_kind,
     integer_kind,
+    is_network,
     list_kind,
     path_kind,
     setting,
@@ -84,6 +85,11 @@ class ServerSettings:
     )
     max_header_bytes: int = setting(
         32_768, integer_kind(4096, 1_048_576, "bytes"), "larger request headers are answered 431"
+    )
+    trusted_proxies: tuple[str, ...] = setting(
+        (),
+        list_kind("a list of networks, `10.1.0.0/16`, or addresses", is_network, at_least=0),
+        "take a caller's address from the `x-forwarded-for` of these; rules and records go by it, so name no other",
     )
     drain_timeout_s: float = setting(
         30.0, decimal_kind(0, 3600, "s"), "how long requests in progress may take to end after SIGTERM"
