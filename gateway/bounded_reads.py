@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from gateway import errors
 
@@ -33,7 +33,16 @@ class BoundedReads:
             raise errors.overloaded()
         self._admitted += 1
         try:
-            async with self._slots:
-                return await asyncio.to_thread(read, *args, **kwargs)
-        finally:
+            await self._slots.acquire()
+        except BaseException:
             self._admitted -= 1
+            raise
+        reading = asyncio.ensure_future(asyncio.to_thread(read, *args, **kwargs))
+        reading.add_done_callback(self._ended)
+        return await asyncio.shield(reading)  # who waits may leave; the thread runs on, and keeps its place
+
+    def _ended(self, reading: asyncio.Future[Any]) -> None:
+        self._slots.release()
+        self._admitted -= 1
+        if not reading.cancelled():
+            reading.exception()  # heard, also where nobody waits any more

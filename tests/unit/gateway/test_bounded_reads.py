@@ -43,3 +43,35 @@ async def test_a_read_that_fails_gives_its_slot_back() -> None:
     for _ in range(3):
         with pytest.raises(KeyError):
             await reads.run(fail)
+
+
+async def test_who_stops_waiting_does_not_let_another_read_in_beside_the_one_that_runs() -> None:
+    reads = BoundedReads(at_once=1, waiting=1)
+    running, most = 0, 0
+    begun, go = threading.Event(), threading.Event()
+
+    def read() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        begun.set()
+        assert go.wait(10)
+        running -= 1
+
+    left = asyncio.ensure_future(reads.run(read))
+    assert await asyncio.to_thread(begun.wait, 10)
+    left.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await left
+    queued = asyncio.ensure_future(reads.run(read))
+    await asyncio.sleep(0)
+    with pytest.raises(ApiError):
+        await reads.run(read)  # the thread still counts
+    go.set()
+    await queued
+    assert most == 1
+    never = asyncio.ensure_future(reads.run(read))
+    never.cancel()  # before it had a slot
+    with pytest.raises(asyncio.CancelledError):
+        await never
+    await reads.run(read)
