@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Dialect
 
 from audit.leaf import Leaf
 from audit.records import RecordType
-from audit.tables import ROWS_A_STATEMENT, batched, placeholders
+from audit.tables import ROWS_A_STATEMENT, batched, execute, placeholders
 
 FOUND = frozenset({"flagged", "redacted", "blocked", "error"})  # verdicts by which officers look for a guardrail
 
@@ -74,7 +74,7 @@ def close_rows(connection: Connection, closings: Sequence[dict[str, Any]]) -> No
     """Change the rows of requests that ended, each as `closing_values` says."""
     for some in batched(closings):
         values = tuple(row[name] for row in some for name in _CLOSING)
-        connection.exec_driver_sql(_close(len(some), connection.dialect), values)
+        execute(connection, _close(len(some), connection.dialect), values)
 
 
 @lru_cache(maxsize=ROWS_A_STATEMENT)

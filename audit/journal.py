@@ -17,7 +17,7 @@ from sqlalchemy import Connection, select, update
 
 from audit.content import open_transient
 from audit.records import Record, RecordType
-from audit.tables import ROWS_A_STATEMENT, journal, placeholders, request_index, writer
+from audit.tables import ROWS_A_STATEMENT, execute, journal, placeholders, request_index, writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def clear_journal(connection: Connection, request_ids: Sequence[str]) -> None:
     for at in range(0, len(request_ids), ROWS_A_STATEMENT):
         some = request_ids[at : at + ROWS_A_STATEMENT]
         row = placeholders(1, len(some), connection.dialect)
-        connection.exec_driver_sql(f"DELETE FROM journal WHERE request_id IN {row}", tuple(some))  # noqa: S608
+        execute(connection, f"DELETE FROM journal WHERE request_id IN {row}", tuple(some))  # noqa: S608
 
 
 def journaled_text(connection: Connection, orphan: Orphan, data_key: bytes) -> list[str]:

@@ -56,7 +56,7 @@ def open_log(connection: Connection, log: str, tenant: str) -> None:
 
 def number(connection: Connection, log: str, leaves: Sequence[NewLeaf]) -> int:
     """Append `leaves` to the tree of `log` in their order; return its new size. Part of the caller's transaction."""
-    stored = run(connection, _FRONTIER, {"at_log": log}).scalar_one()
+    (stored,) = run(connection, _FRONTIER, {"at_log": log}).fetchall()[0]
     frontier = Frontier.from_bytes(bytes(stored))
     first = frontier.size
     insert_rows(

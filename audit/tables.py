@@ -10,7 +10,7 @@ Times are integers, microseconds since 1970 UTC. Content is ciphertext; its keys
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +19,6 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
-    CursorResult,
     Dialect,
     Index,
     Integer,
@@ -32,6 +31,8 @@ from sqlalchemy import (
     UpdateBase,
     text,
 )
+from sqlalchemy.engine.interfaces import DBAPICursor
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.compiler import SQLCompiler
 
 metadata = MetaData()
@@ -187,8 +188,7 @@ EVIDENCE = (leaf, leaf_number, tile, checkpoint, content)  # append-only, by the
 
 
 # The writer shares the interpreter with everything else. Every call into a database driver lets go of it, and under
-# load waits milliseconds to have it back: so rows go in by the statement, not one by one, and by the driver alone: our
-# values are what it takes as they are.
+# load waits milliseconds to have it back: so rows go in by the statement, not one by one.
 ROWS_A_STATEMENT = 64  # below what SQLite and PostgreSQL bind at once, for the widest table
 
 
@@ -197,7 +197,7 @@ def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, A
     names = tuple(table.columns.keys())
     for some in batched(rows):
         values = tuple(row[name] for row in some for name in names)
-        connection.exec_driver_sql(_insert_into(table, len(some), connection.dialect), values)
+        execute(connection, _insert_into(table, len(some), connection.dialect), values)
 
 
 def batched(rows: Sequence[dict[str, Any]]) -> Iterator[Sequence[dict[str, Any]]]:
@@ -212,10 +212,32 @@ def placeholders(rows: int, columns: int, dialect: Dialect) -> str:
     return ", ".join([f"({', '.join([sign] * columns)})"] * rows)
 
 
-def run(connection: Connection, statement: UpdateBase | Select[Any], row: dict[str, Any]) -> CursorResult[Any]:
-    """Execute, by the driver alone, a statement built once; `row` has the bound values by name."""
+def run(connection: Connection, statement: UpdateBase | Select[Any], row: dict[str, Any]) -> DBAPICursor:
+    """Execute a statement built once; `row` has the bound values by name."""
     compiled, positions = _compiled(statement, connection.dialect)
-    return connection.exec_driver_sql(compiled, row if positions is None else tuple(row[name] for name in positions))
+    return execute(connection, compiled, row if positions is None else tuple(row[name] for name in positions))
+
+
+def execute(connection: Connection, statement: str, values: Sequence[Any] | Mapping[str, Any]) -> DBAPICursor:
+    """Execute in the connection's transaction, by the driver alone: what SQLAlchemy does around it costs more than most
+    of these statements do.
+
+    Raises: SQLAlchemy's DBAPIError and its kinds, as SQLAlchemy would, but for the values, which are content.
+    """
+    dialect = connection.dialect
+    assert dialect.loaded_dbapi is not None
+    driver = connection.connection
+    try:
+        cursor = driver.cursor()
+        cursor.execute(statement, values)
+    except dialect.loaded_dbapi.Error as error:
+        broken = dialect.is_disconnect(error, driver, None)
+        if broken:
+            connection.invalidate(error)
+        raise DBAPIError.instance(
+            statement, None, error, dialect.loaded_dbapi.Error, connection_invalidated=broken, dialect=dialect
+        ) from error
+    return cursor
 
 
 @lru_cache(maxsize=1024)
