@@ -130,13 +130,12 @@ class AuditLog:
                 belongs to must not be answered.
         """
         try:
-            async with asyncio.timeout(self._settings.append_timeout_s):
-                return await self._writer.append(record, within)
+            return await self._writer.append(record, self._settings.append_timeout_s, within)
         except (TimeoutError, asyncio.CancelledError) as error:
             self._disown(record)
             if isinstance(error, asyncio.CancelledError):
                 raise
-            raise LogUnavailable("the database did not confirm in time") from error
+            raise LogUnavailable("the database did not confirm in time") from None
 
     async def journal(self, segment: Segment) -> None:
         """Return once the segment is durable.
@@ -146,10 +145,9 @@ class AuditLog:
             LogUnavailable: not confirmed; the segment must not be sent.
         """
         try:
-            async with asyncio.timeout(self._settings.append_timeout_s):
-                await self._writer.journal(segment)
-        except TimeoutError as error:
-            raise LogUnavailable("the database did not confirm in time") from error
+            await self._writer.journal(segment, self._settings.append_timeout_s)
+        except TimeoutError:
+            raise LogUnavailable("the database did not confirm in time") from None
 
     def append_blocking(self, record: Record, within: Within | None = None) -> Receipt:
         """`append` for a thread without an event loop: start-up and the command line."""

@@ -240,20 +240,29 @@ class Writer:
             self._queue.append(entry)
             self._condition.notify()
 
-    async def append(self, record: Record, within: Within | None = None) -> Receipt:
+    async def append(self, record: Record, timeout_s: float, within: Within | None = None) -> Receipt:
+        """Raises: TimeoutError: not confirmed in time; it may be stored all the same."""
         loop = asyncio.get_running_loop()
-        entry = _Entry(loop, loop.create_future(), record=record, within=within)
-        self.submit(entry)
-        assert entry.future is not None
-        receipt: Receipt = await entry.future
+        receipt: Receipt = await self._confirmed(
+            _Entry(loop, loop.create_future(), record=record, within=within), timeout_s
+        )
         return receipt
 
-    async def journal(self, segment: Segment) -> None:
+    async def journal(self, segment: Segment, timeout_s: float) -> None:
+        """Raises: TimeoutError: not confirmed in time; it may be stored all the same."""
         loop = asyncio.get_running_loop()
-        entry = _Entry(loop, loop.create_future(), segment=segment)
+        await self._confirmed(_Entry(loop, loop.create_future(), segment=segment), timeout_s)
+
+    async def _confirmed(self, entry: _Entry, timeout_s: float) -> Any:
         self.submit(entry)
+        assert entry.loop is not None
         assert entry.future is not None
-        await entry.future
+        # `asyncio.timeout` would look up task and loop anew, a system call each time, twice a request.
+        late = entry.loop.call_later(timeout_s, _give_up, entry.future)
+        try:
+            return await entry.future
+        finally:
+            late.cancel()
 
     def append_unattended(self, record: Record) -> None:
         """Queue a record that nobody waits for. A refusal of the record itself goes unheard."""
@@ -823,6 +832,11 @@ def _stored_chains(connection: Connection, writer_id: str) -> dict[str, _Link]:
         )
     ).all()
     return {log: _Link(seq + 1, bytes(digest).hex()) for log, seq, digest in rows}
+
+
+def _give_up(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 def _settle(waiting: list[_Entry]) -> None:

@@ -45,7 +45,7 @@ class Inspector(Protocol):
 
     def push(self, text: str) -> str: ...
 
-    def finish(self) -> str: ...
+    def finish(self, text: str = "") -> str: ...
 
 
 class _Choice:
@@ -71,18 +71,20 @@ class _Choice:
         """Let the guardrails look at what was generated. The choice ends where one of them halts it."""
         if not self.generated:
             return
-        text = "".join(self.generated)
-        self.generated, self.uninspected = [], 0
-        self._pass(self.inspector.push(text))
+        self._pass(self.inspector.push(self._take_generated()))
         if self.inspector.halted_by is not None:
             self.finish_reason = "content_filter"
 
     def finish(self, reason: str) -> None:
-        """No more text will come: what the guardrails still hold is decided now."""
-        self.inspect()
+        """No more text will come: what the guardrails still hold, or have not seen, is decided now."""
         if self.finish_reason is None:
-            self._pass(self.inspector.finish())
+            self._pass(self.inspector.finish(self._take_generated()))
             self.finish_reason = reason if self.inspector.halted_by is None else "content_filter"
+
+    def _take_generated(self) -> str:
+        text = "".join(self.generated)
+        self.generated, self.uninspected = [], 0
+        return text
 
     def _pass(self, text: str) -> None:
         if text:

@@ -105,11 +105,11 @@ class OutputInspector:
             self._flagging.finish()
         return released if self._flagging.halted_by is None else ""
 
-    def finish(self) -> str:
-        """No more text will come: everything is final. Return the rest that may be released."""
+    def finish(self, text: str = "") -> str:
+        """Take the last of the text: everything is final now. Return the rest that may be released."""
         if self.halted_by is not None:
             return ""
-        released = self._enforcing.finish()
+        released = self._enforcing.finish(text)
         self._flagging.push(self._enforcing.seen)
         self._flagging.finish()
         return released if self._flagging.halted_by is None else ""
@@ -158,10 +158,15 @@ class _Stream:
             return ""
         return self._release(self._final())
 
-    def finish(self) -> str:
+    def finish(self, text: str = "") -> str:
         self._finished = True
-        self.seen = ""
-        return self._release(len(self._held)) if self._specs and self.halted_by is None else ""
+        self.seen = "" if self._specs else text
+        if not self._specs:
+            return text
+        if self.halted_by is not None:
+            return ""
+        self._held += text
+        return self._release(len(self._held))
 
     def verdicts(self, ended: bool) -> list[Verdict]:
         ran = self._finished or (ended and self._scanned)

@@ -1,7 +1,7 @@
 """How long the check of one credential takes: `python -m tests.benchmarks.bench_credential`.
 
-Everything is measured that a request pays: header, caps, strict JSON, key, signature, claims. Nothing is cached between
-checks but the keys. The bare signature is shown beside it: the rest is ours.
+Everything is measured that a request pays: header, caps, strict JSON, key, signature, claims; the signature alone is shown
+beside it. Then what a credential costs that was verified before, which most are.
 """
 
 from __future__ import annotations
@@ -30,15 +30,24 @@ def report(name: str, rounds_us: list[float]) -> None:
 
 
 async def check(name: str, token: str) -> None:
-    by, data = verifier(), token.encode()
-    await by.verify(data)
-    rounds_us = []
+    data = token.encode()
+    by = [verifier() for _ in range(CHECKS)]  # each sees the credential for the first time
+    for one in by:
+        await one.check_keys()
+    first, again = [], []
     for _ in range(ROUNDS):
         start = time.perf_counter()
+        for one in by:
+            await one.verify(data)
+        first.append((time.perf_counter() - start) / CHECKS * 1e6)
+        start = time.perf_counter()
         for _ in range(CHECKS):
-            await by.verify(data)
-        rounds_us.append((time.perf_counter() - start) / CHECKS * 1e6)
-    report(name, rounds_us)
+            await by[0].verify(data)
+        again.append((time.perf_counter() - start) / CHECKS * 1e6)
+        for one in by:
+            one._verified.clear()
+    report(name, first)
+    report("  verified before", again)
 
 
 def bare(name: str, verify: Callable[[], object]) -> None:

@@ -50,6 +50,8 @@ class Streamed:
 
 
 def stream(chunks: Iterable[str], specs: Sequence[GuardrailSpec]) -> Streamed:
+    """Inspect the chunks; the last one comes with the end, as an answer's does that nobody streams."""
+    *first, last = [*chunks] or [""]
     inspector = OutputInspector(specs)
-    text = "".join([*map(inspector.push, chunks), inspector.finish()])
+    text = "".join([*map(inspector.push, first), inspector.finish(last)])
     return Streamed(text, inspector.halted_by, [verdict.counts for verdict in inspector.verdicts()])

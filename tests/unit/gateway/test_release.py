@@ -37,8 +37,9 @@ class Passing:
         released, self._held = self._held[:upto], self._held[upto:]
         return released
 
-    def finish(self) -> str:
-        released, self._held = self._held, ""
+    def finish(self, text: str = "") -> str:
+        passed = self.push(text)
+        released, self._held = passed + self._held, ""
         return released
 
 
