@@ -38,9 +38,8 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
-        self.scheduler = Scheduler(limits, BlockPool(runner.block_count))
+        self.scheduler = Scheduler(limits, BlockPool(runner.block_count), eos_ids)
         self._runner = runner
-        self._eos_ids = eos_ids
         self._detokenizer_for = detokenizer_for
         self._clock = clock
         self._generations: dict[str, Generation] = {}
@@ -95,7 +94,7 @@ class EngineCore:
         emissions = []
         for sequence, sampled in self.scheduler.commit(result):
             generation = self._generations[sequence.request.request_id]
-            delta = generation.accept(sampled, self._eos_ids, now)
+            delta = generation.accept(sampled, now)
             self._generation_tokens += 1
             if generation.output_tokens == 1:
                 self._prompt_tokens += sequence.prompt_length

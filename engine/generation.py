@@ -47,19 +47,19 @@ class Generation:
 
     @property
     def output_tokens(self) -> int:
-        return len(self.sequence.tokens) - self.sequence.prompt_length
+        return self.sequence.output_length
 
     def admitted(self, now: float) -> None:
         """Note that the sequence started to run; only the first time counts."""
         if self._admitted_at is None:
             self._admitted_at = now
 
-    def accept(self, sampled: TokenLogprob, eos_ids: frozenset[int], now: float) -> TokenDelta:
+    def accept(self, sampled: TokenLogprob, now: float) -> TokenDelta:
         """Return the delta of a token just appended to the sequence. Its finish reason, if any, ends the request."""
         if self._first_token_at is None:
             self._first_token_at = now
         self._digest.update(sampled.token, sampled.logprob)
-        text, reason = self._read(sampled.token, eos_ids)
+        text, reason = self._read(sampled.token)
         logprobs = (sampled,) if self.sequence.request.sampling.logprobs else ()
         if reason is None:
             return TokenDelta(text, (sampled.token,), logprobs)
@@ -69,8 +69,8 @@ class Generation:
         """Return the closing delta of a request that is cut short: the text held back, and no token."""
         return TokenDelta(self._detokenizer.finish(), (), (), FinishReason.ABORT, self._stats(now))
 
-    def _read(self, token: int, eos_ids: frozenset[int]) -> tuple[str, FinishReason | None]:
-        if token in eos_ids and not self.sequence.request.sampling.ignore_eos:
+    def _read(self, token: int) -> tuple[str, FinishReason | None]:
+        if token in self.sequence.ending:
             return self._detokenizer.finish(), FinishReason.STOP
         text, stopped = self._detokenizer.push((token,))
         if stopped:

@@ -15,6 +15,11 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_TEMPERATURE = 2.0
 MAX_TOP_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 1024
+MAX_STOP_TOKENS = 16
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0
 
 
 class LimitsInvalid(ValueError):
@@ -57,6 +62,7 @@ def refuse_impossible(request: GenerationRequest, limits: EngineLimits, block_co
     """
     _refuse_prompt(request.prompt, limits)
     refuse_sampling(request.sampling)
+    _refuse_token_ids(request.sampling, limits)
     total = min(len(request.prompt) + request.sampling.max_tokens, limits.context_length)
     # The last token is sampled but never computed on, so it takes no slot.
     if blocks_for(total - 1) > block_count:
@@ -82,8 +88,41 @@ def refuse_sampling(sampling: SamplingParams) -> None:
     _require(0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"between 0 and {MAX_TOP_LOGPROBS}")
     _require(sampling.logprobs or sampling.top_logprobs == 0, "top_logprobs", "0 unless `logprobs` is set")
     _require(len(sampling.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
+    _refuse_adjustments(sampling)
     fits = all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in sampling.stop)
     _require(fits, "stop", f"made of strings of 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def _refuse_adjustments(sampling: SamplingParams) -> None:
+    _require(0 < sampling.repetition_penalty <= MAX_PENALTY, "repetition_penalty", "above 0 and at most 2")
+    for name in ("frequency_penalty", "presence_penalty"):
+        _require(-MAX_PENALTY <= getattr(sampling, name) <= MAX_PENALTY, name, "between -2 and 2")
+    _require(len(sampling.logit_bias) <= MAX_BIASED_TOKENS, "logit_bias", f"of at most {MAX_BIASED_TOKENS} tokens")
+    biases = all(-MAX_BIAS <= bias <= MAX_BIAS for _, bias in sampling.logit_bias)
+    _require(biases, "logit_bias", f"of values between {-MAX_BIAS:g} and {MAX_BIAS:g}")
+    _require(len(sampling.allowed_tokens) <= MAX_ALLOWED_TOKENS, "allowed_tokens", f"at most {MAX_ALLOWED_TOKENS} ids")
+    _require(len(sampling.stop_tokens) <= MAX_STOP_TOKENS, "stop_tokens", f"at most {MAX_STOP_TOKENS} ids")
+    _require(sampling.min_tokens >= 0, "min_tokens", "at least 0")
+
+
+def _refuse_token_ids(sampling: SamplingParams, limits: EngineLimits) -> None:
+    """Refuse ids that are not in the vocabulary, or not once each and ascending: what is recorded has one form."""
+    for name, ids in (
+        ("logit_bias", [token for token, _ in sampling.logit_bias]),
+        ("allowed_tokens", list(sampling.allowed_tokens)),
+        ("stop_tokens", list(sampling.stop_tokens)),
+    ):
+        known = not ids or (ids[0] >= 0 and ids[-1] < limits.vocabulary_size)
+        _require(known and ids == sorted(set(ids)), name, "of token ids of the vocabulary, ascending")
+
+
+def refuse_choiceless(sampling: SamplingParams, ending: frozenset[int], limits: EngineLimits) -> None:
+    """Refuse a request that must go on where everything it may say would end it. `ending`: the ids that end it."""
+    if sampling.min_tokens == 0:
+        return
+    allowed = sampling.allowed_tokens
+    left = not ending.issuperset(allowed) if allowed else len(ending) < limits.vocabulary_size
+    _require(left, "min_tokens", "0 where every allowed token ends the output")
 
 
 def _refuse_prompt(prompt: tuple[int, ...], limits: EngineLimits) -> None:

@@ -1,4 +1,5 @@
-"""Log-probabilities: of the distribution as the model gives it, before temperature and before anything is excluded.
+"""Log-probabilities: of the distribution as the model gives it, before bias, penalties and temperature, and before
+anything is excluded.
 
 Float32, one row at a time: log-softmax by subtracting the maximum, in the library's kernel, whose bits depend on the
 row alone (verified by tests/integration/test_invariance.py).

@@ -129,7 +129,7 @@ def _sample(rows: Sequence[RowPlan], logits: Tensor) -> list[TokenLogprob]:
     for index, row in enumerate(rows):
         params = row.sampling
         assert params is not None  # only rows that sample were handed in
-        token = sample(scores[index], params, row.context_length)
+        token = sample(scores[index], params, row.context_length, row.past, row.banned)
         alternatives = params.top_logprobs if params.logprobs else 0
         sampled.append(token_logprob(logprobs[index], token, alternatives))
     return sampled

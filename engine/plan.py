@@ -6,12 +6,27 @@ no requests: `row` is all it hands back.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from engine.request import SamplingParams, TokenLogprob
 
 BLOCK_SIZE = 16  # tokens per KV block
+
+
+class PastTokens:
+    """The tokens before a position, as penalties look at them. Grows with the output; never shrinks."""
+
+    __slots__ = ("counts", "seen")
+
+    def __init__(self, prompt: Iterable[int]) -> None:
+        self.seen = set(prompt)  # in prompt or output
+        self.counts: dict[int, int] = {}  # token id → times in the output
+
+    def add(self, token: int) -> None:
+        self.seen.add(token)
+        self.counts[token] = self.counts.get(token, 0) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +41,8 @@ class RowPlan:
     start: int
     block_table: tuple[int, ...]
     sampling: SamplingParams | None  # None: a prefill chunk that does not end its prompt; nothing is sampled
+    past: PastTokens | None = None  # where `sampling.looks_back`: what stands before the token to be sampled
+    banned: tuple[int, ...] = ()  # ids that must not be sampled here
 
     @property
     def context_length(self) -> int:

@@ -59,7 +59,8 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen. Order: temperature → top-k → top-p → min-p → Gumbel argmax (see sampler.py)."""
+    """How tokens are chosen, in the order of sampler.py: bias → penalties → allowed and banned tokens → temperature →
+    top-k → top-p → min-p → Gumbel argmax."""
 
     max_tokens: int  # ≥ 1
     seed: int  # 0 … 2**63 − 1; always present, drawn by the gateway when the client gives none
@@ -69,8 +70,22 @@ class SamplingParams:
     min_p: float = 0.0  # [0, 1]
     stop: tuple[str, ...] = ()  # at most 16 strings, each 1 … 256 characters; not part of the output
     ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()  # at most 1024 (token id, −100 … 100), ascending ids
+    repetition_penalty: float = 1.0  # (0, 2]; of tokens in prompt or output: logits above 0 divided, others multiplied
+    frequency_penalty: float = 0.0  # −2 … 2; taken off for every time a token is in the output
+    presence_penalty: float = 0.0  # −2 … 2; taken off once for a token that is in the output
+    allowed_tokens: tuple[int, ...] = ()  # at most 1024 ids, ascending; empty: all
+    stop_tokens: tuple[int, ...] = ()  # at most 16 ids, ascending; each ends the output as the end-of-sequence does
+    min_tokens: int = (
+        0  # before so many, neither the end-of-sequence nor a stop token is chosen; stop strings still end
+    )
     logprobs: bool = False
     top_logprobs: int = 0  # 0 … 20, only with logprobs
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether what is chosen depends on which tokens stand before, beside the model's own view of them."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
 
 
 @dataclass(frozen=True, slots=True)

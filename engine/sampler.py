@@ -1,22 +1,26 @@
-"""The sampler: one row of logits, its parameters and its position → one token. No state, no batch.
+"""The sampler: one row of logits, its parameters, its position and what stands before it → one token. No batch.
 
-Order, fixed: temperature → top-k → top-p → min-p → Gumbel argmax. Ties go to the lowest id, everywhere. The noise of a
-token is a counter hash of (seed, absolute position, vocabulary id): what is drawn at a position does not depend on what
-was drawn before, on neighbours, or on any generator's state, so that a replay can draw it again.
+Order, fixed: bias → penalties (repetition, frequency, presence) → allowed and banned tokens → temperature → top-k →
+top-p → min-p → Gumbel argmax, in float64 from the first that applies. Ties go to the lowest id, everywhere. A token's
+noise is a counter hash of (seed, absolute position, vocabulary id): it does not depend on what was drawn before, on
+neighbours, or on any generator's state, so that a replay can draw it again.
 
     state = mix(seed · A + mix(position · B + C))      64 bits, wrapping
     u     = ((mix(state + id · A) >> 11) + 0.5) / 2**53      in (0, 1)
     noise = −log(−log(u))                                    standard Gumbel, float64
 
 Source: Gumbel-max trick (Maddison et al., 2014); mix is the finaliser of SplitMix64 (Steele et al., 2014); min-p
-(Nguyen et al., 2024).
+(Nguyen et al., 2024); repetition penalty (Keskar et al., 2019); frequency and presence penalties: the OpenAI API.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
+from engine.plan import PastTokens
 from engine.request import SamplingParams
 
 Floats = npt.NDArray[np.float64]
@@ -27,12 +31,57 @@ _B = np.uint64(0xD1B54A32D192ED03)
 _C = np.uint64(0x8CB92BA72F3D8DD7)
 
 
-def sample(logits: npt.NDArray[np.float32], params: SamplingParams, position: int) -> int:
-    """Return the token for `position` (absolute, of the token to be drawn) from logits [V]."""
+def sample(
+    logits: npt.NDArray[np.float32],
+    params: SamplingParams,
+    position: int,
+    past: PastTokens | None = None,
+    banned: Sequence[int] = (),
+) -> int:
+    """Return the token for `position` (absolute, of the token to be drawn) from logits [V].
+
+    `past` is needed where `params.looks_back`. At least one token must be left that is allowed and not banned.
+    """
+    scores = adjust(logits, params, past, banned)
     if params.temperature == 0:
-        return int(np.argmax(logits))
-    scores = keep(logits.astype(np.float64) / params.temperature, params)
+        return int(np.argmax(scores))
+    scores = keep(scores.astype(np.float64) / params.temperature, params)
     return int(np.argmax(scores + gumbel(params.seed, position, scores.size)))
+
+
+def adjust(
+    logits: npt.NDArray[np.float32], params: SamplingParams, past: PastTokens | None, banned: Sequence[int]
+) -> npt.NDArray[np.float32] | Floats:
+    """Return the logits after bias and penalties, what must not be chosen at −∞; as they are where nothing is asked."""
+    if not (params.logit_bias or params.looks_back or params.allowed_tokens or banned):
+        return logits
+    scores = logits.astype(np.float64)
+    if params.logit_bias:
+        ids, bias = zip(*params.logit_bias, strict=True)
+        scores[list(ids)] += np.array(bias, dtype=np.float64)
+    if params.looks_back:
+        assert past is not None  # whoever plans the row brings it
+        _penalise(scores, params, past)
+    if params.allowed_tokens:
+        allowed = np.array(params.allowed_tokens)
+        kept = scores[allowed]
+        scores[:] = -np.inf
+        scores[allowed] = kept
+    if banned:
+        scores[list(banned)] = -np.inf
+    return scores
+
+
+def _penalise(scores: Floats, params: SamplingParams, past: PastTokens) -> None:
+    """Apply the penalties in place. Each token's score is changed by itself: the order of ids does not matter."""
+    if params.repetition_penalty != 1:
+        seen = np.fromiter(past.seen, dtype=np.int64)
+        found = scores[seen]
+        scores[seen] = np.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
+    if past.counts:
+        ids = np.fromiter(past.counts, dtype=np.int64)
+        counts = np.fromiter(past.counts.values(), dtype=np.float64)
+        scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
 
 
 def keep(scores: Floats, params: SamplingParams) -> Floats:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from engine.blocks import BlockPool, Defect, Finding
-from engine.limits import EngineLimits, blocks_for, refuse_impossible
+from engine.limits import EngineLimits, blocks_for, refuse_choiceless, refuse_impossible
 from engine.metrics import SchedulerCounters
 from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
 from engine.request import EngineOverloaded, GenerationRequest, TokenLogprob
@@ -29,9 +29,10 @@ class StepMismatch(Exception):
 
 
 class Scheduler:
-    def __init__(self, limits: EngineLimits, pool: BlockPool) -> None:
+    def __init__(self, limits: EngineLimits, pool: BlockPool, eos_ids: frozenset[int] = frozenset()) -> None:
         self.limits = limits
         self.pool = pool
+        self._eos_ids = eos_ids
         self.counters = SchedulerCounters()
         self._running: list[Sequence] = []  # oldest first
         self._waiting: deque[Sequence] = deque()  # oldest first, all younger than the running ones
@@ -66,7 +67,8 @@ class Scheduler:
         refuse_impossible(request, self.limits, self.pool.total)
         if self.running + self.waiting >= self.limits.in_flight:
             raise EngineOverloaded(f"{self.limits.in_flight} requests are in flight; try again later")
-        sequence = Sequence(request, self._arrivals)
+        sequence = Sequence(request, self._arrivals, self._eos_ids)
+        refuse_choiceless(request.sampling, sequence.ending, self.limits)
         self._arrivals += 1
         self._waiting.append(sequence)
         return sequence
@@ -98,7 +100,7 @@ class Scheduler:
                 raise StepMismatch("a row was sampled that should not be, or was not that should")
             self._publish(sequence)
             if token is not None:
-                sequence.tokens.append(token.token)
+                sequence.append(token.token)
                 sampled.append((sequence, token))
         return sampled
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from engine.blocks import chain_key, root_key
 from engine.limits import blocks_for
-from engine.plan import BLOCK_SIZE, RowPlan
+from engine.plan import BLOCK_SIZE, PastTokens, RowPlan
 from engine.request import GenerationRequest
 
 
@@ -28,9 +28,11 @@ class Sequence:
         "_block_table",
         "_blocks",
         "_keys",
+        "_past",
         "arrival",
         "cached_tokens",
         "computed",
+        "ending",
         "preemptions",
         "prompt_length",
         "published",
@@ -39,7 +41,8 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: GenerationRequest, arrival: int) -> None:
+    def __init__(self, request: GenerationRequest, arrival: int, eos_ids: frozenset[int] = frozenset()) -> None:
+        sampling = request.sampling
         self.request = request
         self.arrival = arrival  # order of arrival; lower goes first
         self.tokens: list[int] = list(request.prompt)
@@ -47,11 +50,23 @@ class Sequence:
         self.computed = 0  # tokens whose keys and values lie in the blocks
         self.published = 0  # leading blocks already offered to the prefix cache
         self.cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
+        self.ending = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else eos_ids)
         self.preemptions = 0
         self.status = SequenceStatus.WAITING
         self._blocks: list[int] = []
         self._block_table: tuple[int, ...] | None = ()  # None: `_blocks` grew since it was made
         self._keys: list[bytes] = []  # of the leading full blocks, as far as anyone asked
+        self._past = PastTokens(request.prompt) if sampling.looks_back else None
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    def append(self, token: int) -> None:
+        """Take up a token that was sampled."""
+        self.tokens.append(token)
+        if self._past is not None:
+            self._past.add(token)
 
     @property
     def pending(self) -> int:
@@ -104,7 +119,14 @@ class Sequence:
     def row(self, count: int) -> RowPlan:
         """Return this sequence's share of a step: its next `count` pending tokens. Samples if they end the pending."""
         if count == self.pending == 1:  # decode, the path taken once per output token
-            return RowPlan((self.tokens[-1],), self.computed, self.block_table, self.request.sampling)
+            return self._sampling_row((self.tokens[-1],))
         end = self.computed + count
-        sampling = self.request.sampling if end == len(self.tokens) else None
-        return RowPlan(tuple(self.tokens[self.computed : end]), self.computed, self.block_table, sampling)
+        tokens = tuple(self.tokens[self.computed : end])
+        if end < len(self.tokens):
+            return RowPlan(tokens, self.computed, self.block_table, sampling=None)
+        return self._sampling_row(tokens)
+
+    def _sampling_row(self, tokens: tuple[int, ...]) -> RowPlan:
+        sampling = self.request.sampling
+        banned = tuple(self.ending) if self.output_length < sampling.min_tokens else ()
+        return RowPlan(tokens, self.computed, self.block_table, sampling, self._past, banned)

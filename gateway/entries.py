@@ -58,8 +58,13 @@ def limit_entries(limits: Iterable[LimitSpec], reserved: int, used: int | None =
 
 
 def sampling_body(sampling: SamplingParams, choices: int, obligations: Obligations) -> dict[str, Json]:
-    """Return what the sampler was told, decimals as text, with what the policy changed, old → new."""
+    """Return what the sampler was told, decimals as text, with what the policy changed, old → new.
+
+    Members of `_adjustments` are there where they ask for something. Token ids say what words they are of: like stop
+    strings they are content, stand in the prompt as sent, and are only counted here.
+    """
     return {
+        **_adjustments(sampling),
         "max_tokens": sampling.max_tokens,
         "temperature": decimal_text(sampling.temperature),
         "top_p": decimal_text(sampling.top_p),
@@ -73,6 +78,18 @@ def sampling_body(sampling: SamplingParams, choices: int, obligations: Obligatio
         "top_logprobs": sampling.top_logprobs,
         "adjusted": [{"param": a.param, "old": str(a.old), "new": str(a.new)} for a in obligations.adjustments],
     }
+
+
+def _adjustments(sampling: SamplingParams) -> dict[str, Json]:
+    penalties = ("repetition_penalty", 1.0), ("frequency_penalty", 0.0), ("presence_penalty", 0.0)
+    counts = ("logit_bias", "allowed_tokens", "stop_tokens")
+    stated: dict[str, Json] = {
+        name: decimal_text(getattr(sampling, name)) for name, nothing in penalties if getattr(sampling, name) != nothing
+    }
+    stated |= {f"{name}_count": len(getattr(sampling, name)) for name in counts if getattr(sampling, name)}
+    if sampling.min_tokens:
+        stated["min_tokens"] = sampling.min_tokens
+    return stated
 
 
 def decimal_text(value: float) -> str:

@@ -390,6 +390,13 @@ def _sampling(request: InferenceRequest, obligations: Obligations, room: int) ->
         min_p=float(request.min_p or 0),
         stop=request.stops,
         ignore_eos=request.ignore_eos,
+        logit_bias=request.biases,
+        repetition_penalty=float(1 if request.repetition_penalty is None else request.repetition_penalty),
+        frequency_penalty=float(request.frequency_penalty or 0),
+        presence_penalty=float(request.presence_penalty or 0),
+        allowed_tokens=request.allowed_tokens,
+        stop_tokens=request.stop_tokens,
+        min_tokens=request.min_tokens or 0,
         logprobs=request.wants_logprobs,
         top_logprobs=request.alternatives,
     )

@@ -1,8 +1,8 @@
 """Replay of a recorded request: made again from its leaves and its content alone, and generated again.
 
 Every choice is run through engine/replay.py with the tokens of the prompt that the model saw, the sampling that the
-leaf states and the stop strings of the body as sent. Nothing of the replay reaches a client, and no policy is asked:
-what was allowed then is compared, not decided anew.
+leaf states, and the stop strings and token ids of the body as sent. Nothing of the replay reaches a client, and no
+policy is asked: what was allowed then is compared, not decided anew.
 
 ReplayRefused    the only error of ours: this request cannot be replayed here; the message says why
 (the engine's own errors, engine/request.py, pass through)
@@ -11,7 +11,7 @@ ReplayRefused    the only error of ours: this request cannot be replayed here; t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import orjson
@@ -22,7 +22,7 @@ from audit.reader import RevealedContent
 from audit.records import Json, RecordType
 from engine.replay import ReplayOutcome, regenerate
 from engine.request import Engine, GenerationRequest, SamplingParams
-from gateway.schemas.inference import ChatRequest, CompletionRequest
+from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
 from gateway.strict_json import MalformedJson, parse_json
 
 
@@ -92,7 +92,7 @@ def recording(leaves: Sequence[Leaf], content: RevealedContent) -> Recording:
         engine=body["model"]["engine"],
         chat=chat,
         prompt_to_model=content.prompt_to_model.decode(),
-        sampling=_sampling(body["sampling"], _stops(content.prompt, chat=chat)),
+        sampling=_sampling(body["sampling"], _asked(content.prompt, chat=chat)),
         choices=tuple(completed.body["choices"]),  # type: ignore[arg-type]
         tokens=tuple(tuple(tokens) for tokens in orjson.loads(content.output_tokens)),
     )
@@ -128,16 +128,7 @@ async def _replay_choice(
     request = GenerationRequest(
         request_id=replay_id,
         prompt=prompt,
-        sampling=SamplingParams(
-            max_tokens=sampling.max_tokens,
-            seed=int(entry["seed"]),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            stop=sampling.stop,
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=replace(sampling, seed=int(entry["seed"])),
         cache_salt=b"",  # engine/replay.py gives it one that nobody shares
         fairness_key="replay",
     )
@@ -166,8 +157,11 @@ def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay]) -
     )
 
 
-def _sampling(stated: Mapping[str, Any], stop: tuple[str, ...]) -> SamplingParams:
-    """Return the sampling that a leaf states. Decimals read back as the doubles they were."""
+def _sampling(stated: Mapping[str, Any], asked: InferenceRequest) -> SamplingParams:
+    """Return the sampling that a leaf states. Decimals read back as the doubles they were.
+
+    Stop strings and token ids are content: they stand in the body as sent.
+    """
     return SamplingParams(
         max_tokens=stated["max_tokens"],
         seed=int(stated["seed"]),
@@ -175,15 +169,22 @@ def _sampling(stated: Mapping[str, Any], stop: tuple[str, ...]) -> SamplingParam
         top_p=float(stated["top_p"]),
         top_k=stated["top_k"],
         min_p=float(stated["min_p"]),
-        stop=stop,
+        stop=asked.stops,
         ignore_eos=stated["ignore_eos"],
+        logit_bias=asked.biases,
+        repetition_penalty=float(stated.get("repetition_penalty", "1")),
+        frequency_penalty=float(stated.get("frequency_penalty", "0")),
+        presence_penalty=float(stated.get("presence_penalty", "0")),
+        allowed_tokens=asked.allowed_tokens,
+        stop_tokens=asked.stop_tokens,
+        min_tokens=stated.get("min_tokens", 0),
     )
 
 
-def _stops(body: bytes, *, chat: bool) -> tuple[str, ...]:
-    """Return the stop strings: they are content, and stand in the body as sent."""
+def _asked(body: bytes, *, chat: bool) -> InferenceRequest:
+    """Return the body as sent."""
     kind: type[ChatRequest | CompletionRequest] = ChatRequest if chat else CompletionRequest
     try:
-        return kind.model_validate(parse_json(body)).stops
+        return kind.model_validate(parse_json(body))
     except (MalformedJson, ValidationError):
         raise ReplayRefused("the body as sent is of a form that this version of the gateway does not read") from None

@@ -1,11 +1,11 @@
 """The bodies of `/v1/chat/completions` and `/v1/completions`: read strictly, refused by field name.
 
 A field that this version cannot honour is refused when it asks for something, and accepted when it says "nothing":
-`tools: []`, `presence_penalty: 0`, `response_format: {"type": "text"}`. An unknown field is refused. Nothing is dropped
+`tools: []`, `response_format: {"type": "text"}`. An unknown field is refused. Nothing is dropped
 without a word.
 
-Source: the OpenAI API reference; names and ranges are its own. `top_k`, `min_p` and `ignore_eos` are the extensions
-that vLLM established.
+Source: the OpenAI API reference; names and ranges are its own. `top_k`, `min_p`, `ignore_eos`, `repetition_penalty`,
+`min_tokens`, `stop_token_ids` and `allowed_token_ids` are the extensions that vLLM established.
 """
 
 from __future__ import annotations
@@ -13,20 +13,33 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_BIASED_TOKENS = 1024
+MAX_ALLOWED_TOKENS = 1024
 
 Probability = Annotated[Decimal, Field(gt=0, le=1)]
+Penalty = Annotated[Decimal, Field(ge=-2, le=2)]
+Bias = Annotated[Decimal, Field(ge=-100, le=100)]
+TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+TokenText = Annotated[StrictStr, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # one way to write each id
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
 # Fields that would change the answer and are not honoured yet, with the values that ask for nothing. Null always does.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -94,6 +107,13 @@ class _InferenceBody(_Body):
     seed: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: StrictBool = False
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[Decimal, Field(gt=0, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=MAX_BIASED_TOKENS)] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
     metadata: dict[str, str] | None = None
 
@@ -108,6 +128,14 @@ class _InferenceBody(_Body):
             if value is not None and value not in _NEUTRAL[name]:
                 raise UnsupportedField(name)
         return kept
+
+    @field_validator("min_tokens")
+    @classmethod
+    def _min_is_below_max(cls, least: int | None, info: ValidationInfo) -> int | None:
+        most = info.data.get("max_tokens")
+        if least is not None and most is not None and least > most:
+            raise ValueError("`min_tokens` is at most `max_tokens`")
+        return least
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -124,6 +152,20 @@ class _InferenceBody(_Body):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """By token id, ascending; a bias of nothing is none."""
+        stated = {int(token): float(bias) for token, bias in (self.logit_bias or {}).items()}
+        return tuple(sorted((token, bias) for token, bias in stated.items() if bias != 0))
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.stop_token_ids or ())))
+
+    @property
+    def allowed_tokens(self) -> tuple[int, ...]:
+        return tuple(sorted(set(self.allowed_token_ids or ())))
 
     @property
     def include_usage(self) -> bool:

@@ -1,6 +1,6 @@
 """How long the check of one credential takes: `python -m tests.benchmarks.bench_credential`.
 
-Everything is measured that a request pays: header, caps, strict JSON, key, signature, claims; the signature alone is shown
+What a request pays for it: header, caps, strict JSON, key, signature, claims; the signature alone is shown
 beside it. Then what a credential costs that was verified before, which most are.
 """
 

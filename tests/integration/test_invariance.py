@@ -44,6 +44,12 @@ def ask(length: int, name: str = "") -> GenerationRequest:
         top_k=50,
         top_p=0.95,
         min_p=0.01,
+        logit_bias=((3, -1.5), (40, 2.0)),
+        repetition_penalty=1.2,
+        frequency_penalty=0.4,
+        presence_penalty=-0.3,
+        stop_tokens=(3,),
+        min_tokens=NEW_TOKENS,
         top_logprobs=20,
         ignore_eos=True,
     )

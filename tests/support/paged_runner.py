@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
-from engine.request import SamplingParams, TokenLogprob
+from engine.request import TokenLogprob
 
 _MASK = 2**64 - 1
 
@@ -56,15 +56,20 @@ class PagedRunner:
     def _sample(self, row: RowPlan) -> TokenLogprob:
         assert row.sampling is not None
         context = self._slots[list(row.block_table)].reshape(-1)[: row.context_length]
-        drawn = _draw(context.tobytes(), row.sampling, row.context_length)
+        drawn = _draw(context.tobytes(), row)
         token = int.from_bytes(drawn[:8], "little") % self.vocabulary_size
+        while token in row.banned:
+            token = (token + 1) % self.vocabulary_size
         bits = int.from_bytes(drawn[8:10], "little")
         logprob = struct.unpack("<f", struct.pack("<f", -(bits + 1) / 997))[0]
         top = ((token + rank) % self.vocabulary_size for rank in range(row.sampling.top_logprobs))
         return TokenLogprob(token, logprob, tuple((other, logprob - rank) for rank, other in enumerate(top)))
 
 
-def _draw(context: bytes, sampling: SamplingParams, position: int) -> bytes:
+def _draw(context: bytes, row: RowPlan) -> bytes:
+    assert row.sampling is not None
     # How long the output may get and what is reported of it must not matter to what is drawn.
-    chosen = replace(sampling, max_tokens=1, stop=(), ignore_eos=False, logprobs=False, top_logprobs=0)
-    return hashlib.sha256(context + repr((chosen, position)).encode()).digest()
+    lengths = {"max_tokens": 1, "min_tokens": 0, "stop": (), "stop_tokens": (), "ignore_eos": False}
+    chosen = replace(row.sampling, **lengths, logprobs=False, top_logprobs=0)
+    past = None if row.past is None else (sorted(row.past.seen), sorted(row.past.counts.items()))
+    return hashlib.sha256(context + repr((chosen, past, row.context_length)).encode()).digest()

@@ -34,6 +34,39 @@ def test_a_request_ends_at_its_stop_string_in_the_middle_of_others() -> None:
     assert outputs["beside"].text == free.text
 
 
+def free_tokens(**sampling: object) -> list[int]:
+    return run_all(make_core(), [make_request("r", make_prompt(9), 12, **sampling)])["r"].tokens
+
+
+def test_a_stop_token_ends_the_output_as_the_end_of_sequence_does() -> None:
+    free = free_tokens()
+    stop = free[5]
+    assert free.index(stop) == 5
+    output = run_all(make_core(), [make_request("r", make_prompt(9), 12, stop_tokens=(stop,))])["r"]
+    assert (output.tokens, output.finish_reason) == (free[:6], FinishReason.STOP)
+    assert free_tokens(stop_tokens=(stop,), ignore_eos=True) == free[:6]
+
+
+@pytest.mark.parametrize("least", [1, 5, 6, 7, 9])
+def test_before_the_least_length_no_stop_token_is_chosen(least: int) -> None:
+    """The runner of this test draws from the ids that are not banned; position by position it knows nothing else."""
+    free = free_tokens()
+    output = free_tokens(stop_tokens=(free[5],), min_tokens=least)
+    assert output[:5] == free[:5]
+    if least < 6:
+        assert output == free[:6]
+    else:
+        assert output[5] != free[5]
+        assert len(output) >= least
+
+
+def test_a_request_that_could_say_nothing_is_refused_before_it_is_queued() -> None:
+    core = make_core()
+    with pytest.raises(RequestRefused, match="min_tokens"):
+        core.add(make_request("r", [1], 4, allowed_tokens=(7,), stop_tokens=(7,), min_tokens=1))
+    assert not core.has_work
+
+
 @pytest.mark.parametrize("after", [0, 1, 2, 3, 7])
 def test_an_abort_at_any_step_frees_everything_and_reports_what_was_done(after: int) -> None:
     core = make_core(token_budget=64, chunk_tokens=16)

@@ -14,13 +14,13 @@ EOS_IDS = frozenset({EOS})
 
 def make_generation(max_tokens: int = 100, context_length: int = 1000, **sampling: object) -> Generation:
     request = make_request("r", [1, 2, 3], max_tokens, **sampling)
-    sequence = Sequence(request, 0)
+    sequence = Sequence(request, 0, EOS_IDS)
     return Generation(sequence, detokenizer_for(request.sampling), context_length=context_length, arrived_at=10.0)
 
 
 def accept(generation: Generation, token: int, now: float = 20.0) -> TokenDelta:
-    generation.sequence.tokens.append(token)
-    return generation.accept(TokenLogprob(token, -0.5), EOS_IDS, now)
+    generation.sequence.append(token)
+    return generation.accept(TokenLogprob(token, -0.5), now)
 
 
 def accept_text(generation: Generation, text: str) -> list[TokenDelta]:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
-from engine.limits import LimitsInvalid, blocks_for, refuse_impossible, refuse_sampling
+from engine.limits import LimitsInvalid, blocks_for, refuse_choiceless, refuse_impossible, refuse_sampling
 from engine.request import MAX_SEED, ContextTooLong, RequestRefused, SamplingParams
 from tests.support.engine_core import VOCABULARY, make_limits, make_request
 
@@ -50,6 +51,16 @@ def test_blocks_are_rounded_up(tokens: int, blocks: int) -> None:
         ("min_p", math.nan),
         ("top_logprobs", 21),
         ("top_logprobs", 1),
+        ("logit_bias", ((1, 100.5),)),
+        ("logit_bias", ((1, math.nan),)),
+        ("logit_bias", tuple((token, 1.0) for token in range(1025))),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("allowed_tokens", tuple(range(1025))),
+        ("stop_tokens", tuple(range(17))),
+        ("min_tokens", -1),
         ("stop", ("",)),
         ("stop", ("x" * 257,)),
         ("stop", ("x",) * 17),
@@ -59,6 +70,44 @@ def test_a_sampling_parameter_outside_its_range_is_refused_by_name(param: str, v
     with pytest.raises(RequestRefused, match=f"`{param}`") as refusal:
         refuse_sampling(replace(SAMPLING, **{param: value}))
     assert refusal.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("logit_bias", ((VOCABULARY, 1.0),)),
+        ("logit_bias", ((-1, 1.0),)),
+        ("logit_bias", ((4, 1.0), (3, 1.0))),
+        ("logit_bias", ((3, 1.0), (3, 2.0))),
+        ("allowed_tokens", (1, VOCABULARY)),
+        ("allowed_tokens", (2, 1)),
+        ("stop_tokens", (7, 7)),
+        ("stop_tokens", (-1,)),
+    ],
+)
+def test_token_ids_are_of_the_vocabulary_once_each_and_ascending(param: str, value: object) -> None:
+    request = make_request("r", [1], **{param: value})
+    with pytest.raises(RequestRefused, match=f"`{param}`") as refusal:
+        refuse_impossible(request, make_limits(), 100)
+    assert refusal.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("allowed", "ending", "least", "refused"),
+    [
+        ((1, 2), {1, 2, 3}, 1, True),
+        ((1, 2), {1}, 1, False),
+        ((1, 2), {1, 2}, 0, False),
+        ((), {0, 1, 2}, 1, True),
+        ((), {0, 1}, 9, False),
+    ],
+)
+def test_who_must_go_on_must_have_something_to_say(
+    allowed: tuple[int, ...], ending: set[int], least: int, refused: bool
+) -> None:
+    sampling = replace(SAMPLING, allowed_tokens=allowed, min_tokens=least)
+    with pytest.raises(RequestRefused, match="min_tokens") if refused else nullcontext():
+        refuse_choiceless(sampling, frozenset(ending), make_limits(vocabulary_size=3))
 
 
 def test_the_ends_of_every_range_are_accepted() -> None:
@@ -71,6 +120,13 @@ def test_the_ends_of_every_range_are_accepted() -> None:
         top_k=2**40,
         min_p=1.0,
         stop=("x" * 256,) * 16,
+        logit_bias=tuple((token, -100.0) for token in range(1024)),
+        repetition_penalty=2.0,
+        frequency_penalty=-2.0,
+        presence_penalty=2.0,
+        allowed_tokens=tuple(range(1024)),
+        stop_tokens=tuple(range(16)),
+        min_tokens=2**40,
         logprobs=True,
         top_logprobs=20,
     )

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.plan import PastTokens
 from engine.request import MAX_SEED, SamplingParams
-from engine.sampler import gumbel, keep, sample
+from engine.sampler import adjust, gumbel, keep, sample
 
 GOLDEN_FIRST = [582, 882, 849, 692, 937, 990, 704, 996]
 GOLDEN_ALL = "dfb81738ffea6b27465ebadd1ef972f87c6f0a53e41bf462e4e52a2c0aafb7f0"
@@ -103,6 +104,91 @@ def test_ties_at_the_edge_keep_the_lowest_ids() -> None:
     assert kept(row, top_k=3) == {0, 1, 2}
     assert kept(row, top_p=0.35) == {0, 1, 2, 3}
     assert kept(row, min_p=1.0) == set(range(10))
+
+
+def past(prompt: list[int], output: list[int]) -> PastTokens:
+    tokens = PastTokens(prompt)
+    for token in output:
+        tokens.add(token)
+    return tokens
+
+
+def adjusted_reference(
+    row: np.ndarray, chosen: SamplingParams, prompt: list[int], output: list[int], banned: tuple[int, ...]
+) -> list[float]:
+    """Bias, penalties and masks, one token at a time."""
+    bias = dict(chosen.logit_bias)
+    scores = []
+    for token, logit in enumerate(row.tolist()):
+        score = logit + bias.get(token, 0.0)
+        if token in prompt or token in output:
+            score = score / chosen.repetition_penalty if score > 0 else score * chosen.repetition_penalty
+        if token in output:
+            score -= chosen.frequency_penalty * output.count(token) + chosen.presence_penalty
+        if (chosen.allowed_tokens and token not in chosen.allowed_tokens) or token in banned:
+            score = -math.inf
+        scores.append(score)
+    return scores
+
+
+TOKENS = st.lists(st.integers(0, 29), max_size=40)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    bias=st.dictionaries(st.integers(0, 29), st.floats(-100, 100), max_size=8),
+    repetition=st.floats(0.01, 2.0),
+    frequency=st.floats(-2, 2),
+    presence=st.floats(-2, 2),
+    allowed=st.sets(st.integers(0, 29), max_size=5),
+    banned=st.sets(st.integers(0, 29), max_size=5),
+    prompt=TOKENS,
+    output=TOKENS,
+)
+def test_bias_penalties_and_masks_equal_the_definition_token_by_token(
+    seed: int,
+    bias: dict[int, float],
+    repetition: float,
+    frequency: float,
+    presence: float,
+    allowed: set[int],
+    banned: set[int],
+    prompt: list[int],
+    output: list[int],
+) -> None:
+    chosen = params(
+        logit_bias=tuple(sorted(bias.items())),
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        allowed_tokens=tuple(sorted(allowed)),
+    )
+    row = logits(30, seed)
+    before = row.copy()
+    scores = adjust(row, chosen, past(prompt, output), tuple(banned))
+    expected = adjusted_reference(row, chosen, prompt, output, tuple(banned))
+    np.testing.assert_allclose(scores, expected, rtol=1e-12)
+    assert np.array_equal(row, before)  # the logits are the log-probabilities' too
+    if np.isfinite(expected).any():
+        assert np.isfinite(expected[sample(row, chosen, 3, past(prompt, output), tuple(banned))])
+        greedy = params(**{name: getattr(chosen, name) for name in ADJUSTMENTS}, temperature=0.0)
+        assert sample(row, greedy, 3, past(prompt, output), tuple(banned)) == int(np.argmax(scores))
+
+
+ADJUSTMENTS = ("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty", "allowed_tokens")
+
+
+def test_the_order_in_which_tokens_were_seen_changes_no_bit() -> None:
+    chosen = params(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.1)
+    tokens = [5, 1, 40, 5, 5, 22, 1]
+    one = adjust(logits(), chosen, past([9, 8], tokens), ())
+    other = adjust(logits(), chosen, past([8, 9, 9], tokens[::-1]), ())
+    assert one.tobytes() == other.tobytes()
+
+
+def test_where_nothing_is_asked_the_logits_are_taken_as_they_are() -> None:
+    row = logits()
+    assert adjust(row, params(), None, ()) is row
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -61,3 +62,9 @@ def test_sampling_records_the_seed_as_text_and_what_the_policy_changed() -> None
     assert body["n"] == 2
     assert body["adjusted"] == [{"param": "temperature", "old": "1.5", "new": "0.7"}]
     assert "secret" not in repr(body)
+    assert not {"presence_penalty", "logit_bias_count", "min_tokens"} & body.keys()
+    bent = replace(sampling, presence_penalty=-0.5, logit_bias=((77_123, 2.0),), stop_tokens=(77_124,), min_tokens=4)
+    body = sampling_body(bent, 1, obligations)
+    assert (body["presence_penalty"], body["logit_bias_count"], body["stop_tokens_count"]) == ("-0.5", 1, 1)
+    assert (body["min_tokens"], "frequency_penalty" in body) == (4, False)
+    assert "7712" not in repr(body)  # a token id says which word it is

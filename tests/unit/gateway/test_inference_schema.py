@@ -39,9 +39,6 @@ def test_null_asks_for_nothing_wherever_it_stands() -> None:
 @pytest.mark.parametrize(
     ("name", "neutral", "asking"),
     [
-        ("presence_penalty", 0, 0.1),
-        ("frequency_penalty", 0.0, -1),
-        ("logit_bias", {}, {"50256": -100}),
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "auto", "required"),
         ("functions", [], [{}]),
@@ -64,9 +61,33 @@ def test_a_field_not_honoured_yet_is_let_by_when_it_asks_for_nothing(name: str, 
         assert name in error.message
 
 
+def test_what_bends_the_choice_of_tokens_is_read_into_one_form() -> None:
+    asked = {"logit_bias": {"7": -100, "0": 2.5, "12": 0}, "stop_token_ids": [9, 3, 9], "allowed_token_ids": [5, 4]}
+    for kind, body in ((ChatRequest, CHAT), (CompletionRequest, PLAIN)):
+        request = kind.model_validate(body | asked)
+        assert request.biases == ((0, 2.5), (7, -100.0))
+        assert (request.stop_tokens, request.allowed_tokens) == ((3, 9), (4, 5))
+        plain = kind.model_validate(body | {"logit_bias": {}})
+        assert (plain.biases, plain.stop_tokens, plain.allowed_tokens, plain.min_tokens) == ((), (), (), None)
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
+        ({"presence_penalty": 2.01}, "presence_penalty"),
+        ({"frequency_penalty": -2.01}, "frequency_penalty"),
+        ({"frequency_penalty": "NaN"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"7": 101}}, "logit_bias"),
+        ({"logit_bias": {"07": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": list(range(17))}, "stop_token_ids"),
+        ({"stop_token_ids": [True]}, "stop_token_ids.0"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [2**31]}, "allowed_token_ids.0"),
         ({"n": 17}, "n"),
         ({"n": 0}, "n"),
         ({"n": "2"}, "n"),

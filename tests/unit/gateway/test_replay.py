@@ -134,6 +134,25 @@ async def test_an_answer_is_made_again_from_its_evidence_alone() -> None:
     assert engine.prompts == ["<user>hello\n<assistant>"] * 2
 
 
+def test_what_bent_the_choice_of_tokens_is_read_from_the_leaf_and_the_body() -> None:
+    engine = ScriptedEngine()
+    asked = {"logit_bias": {"9": 1.5, "2": -7}, "stop_token_ids": [4], "allowed_token_ids": [8, 7]}
+    stated = {"presence_penalty": "-0.5", "frequency_penalty": "1.25", "repetition_penalty": "1.1", "min_tokens": 3}
+    plain = received(engine)
+    body: Any = plain.body
+    opening = received(engine, sampling=body["sampling"] | stated)
+    sent = content(prompt=json.dumps(BODY | asked).encode())
+    sampling = recording([opening, _closing(["x", "x"])], sent).sampling
+    assert sampling.logit_bias == ((2, -7.0), (9, 1.5))
+    assert (sampling.stop_tokens, sampling.allowed_tokens, sampling.min_tokens) == ((4,), (7, 8), 3)
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    assert penalties == (-0.5, 1.25, 1.1)
+    # A leaf of the time before there were any asks for none.
+    before = recording([plain, _closing(["x", "x"])], content()).sampling
+    assert not before.looks_back
+    assert before.min_tokens == 0
+
+
 async def test_one_choice_that_differs_makes_the_whole_different_at_its_position() -> None:
     engine = ScriptedEngine(lambda prompt: ANSWER)
     forged = [list(ANSWER.encode()), list(b"the amswer")]
