@@ -185,6 +185,31 @@ def test_plain_completions_streamed_and_not(client: openai.OpenAI, auditor: Hand
     assert revealed(auditor, whole.id.removeprefix("cmpl-"))["output"] == [whole.choices[0].text]
 
 
+def test_what_bends_the_choice_of_tokens_is_honoured_on_record_and_replayed(
+    client: openai.OpenAI, auditor: Hand
+) -> None:
+    bent: dict[str, Any] = {"presence_penalty": 0.5, "frequency_penalty": -0.25, "logit_bias": {"65": 5, "66": -100}}
+    more = {"repetition_penalty": 1.1, "stop_token_ids": [90], "min_tokens": 24, "allowed_token_ids": [65, 67, 90]}
+    plain = ask_raw(client, QUESTION, seed=3, **SHORT).parse()
+    response = ask_raw(client, QUESTION, seed=3, **SHORT, **bent, extra_body=more)
+    answer = response.parse()
+    assert answer.choices[0].message.content != plain.choices[0].message.content
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 24  # the stop token may not come before
+    request_id = response.headers["x-request-id"]
+    sampling = story(auditor, request_id)["sampling"]
+    assert sampling["presence_penalty"] == "0.5"
+    assert (sampling["logit_bias_count"], sampling["min_tokens"]) == (2, 24)
+    replayed = auditor.post(f"/audit/requests/{request_id}:replay", {"mode": "regenerate"}).raise_for_status().json()
+    assert replayed["outcome"] == "identical"
+
+
+def test_a_token_that_the_model_does_not_have_is_refused_by_the_field_s_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, QUESTION, **SHORT, logit_bias={"999999": 1})
+    assert (refused.value.code, refused.value.param) == ("invalid_request", "logit_bias")
+
+
 def test_models_are_listed_and_found_by_the_alias_of_the_policy(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "probity"
