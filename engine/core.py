@@ -92,12 +92,12 @@ class EngineCore:
         self._steps += 1
         self._computed_tokens += plan.token_count
         emissions = []
-        for sequence, sampled in self.scheduler.commit(result):
+        for sequence, tokens in self.scheduler.commit(result):
             generation = self._generations[sequence.request.request_id]
-            delta = generation.accept(sampled, now)
-            self._generation_tokens += 1
-            if generation.output_tokens == 1:
+            if sequence.drawn == len(tokens):  # the first
                 self._prompt_tokens += sequence.prompt_length
+            self._generation_tokens += len(tokens)
+            delta = generation.accept(tokens, now)
             if delta.finish_reason is not None:
                 self._end(generation, delta.finish_reason)
             emissions.append(Emission(sequence.request.request_id, delta))

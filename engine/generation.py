@@ -47,27 +47,35 @@ class Generation:
 
     @property
     def output_tokens(self) -> int:
-        return self.sequence.output_length
+        return self.sequence.drawn
 
     def admitted(self, now: float) -> None:
         """Note that the sequence started to run; only the first time counts."""
         if self._admitted_at is None:
             self._admitted_at = now
 
-    def accept(self, sampled: TokenLogprob, now: float) -> TokenDelta:
-        """Return the delta of a token just appended to the sequence. Its finish reason, if any, ends the request."""
+    def accept(self, sampled: Sequence[TokenLogprob], now: float) -> TokenDelta:
+        """Return the delta of what a step sampled: one token, of a forced output any number. Its finish reason, if any,
+        ends the request."""
         if self._first_token_at is None:
             self._first_token_at = now
-        self._digest.update(sampled.token, sampled.logprob)
-        text, reason = self._read(sampled.token)
-        logprobs = (sampled,) if self.sequence.request.sampling.logprobs else ()
+        for one in sampled:
+            self._digest.update(one.token, one.logprob)
+        text, reason = self._compare() if self.sequence.request.forced else self._read(sampled[0].token)
+        tokens = tuple(one.token for one in sampled)
+        logprobs = tuple(sampled) if self.sequence.request.sampling.logprobs else ()
         if reason is None:
-            return TokenDelta(text, (sampled.token,), logprobs)
-        return TokenDelta(text, (sampled.token,), logprobs, reason, self._stats(now))
+            return TokenDelta(text, tokens, logprobs)
+        return TokenDelta(text, tokens, logprobs, reason, self._stats(now))
 
     def abort(self, now: float) -> TokenDelta:
         """Return the closing delta of a request that is cut short: the text held back, and no token."""
         return TokenDelta(self._detokenizer.finish(), (), (), FinishReason.ABORT, self._stats(now))
+
+    def _compare(self) -> tuple[str, FinishReason | None]:
+        """A forced output says nothing and ends where it ends."""
+        ended = self.sequence.drawn >= len(self.sequence.request.forced)
+        return "", FinishReason.LENGTH if ended else None
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
         if token in self.sequence.ending:

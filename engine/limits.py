@@ -63,6 +63,7 @@ def refuse_impossible(request: GenerationRequest, limits: EngineLimits, block_co
     _refuse_prompt(request.prompt, limits)
     refuse_sampling(request.sampling)
     _refuse_token_ids(request.sampling, limits)
+    _refuse_forced(request, limits)
     total = min(len(request.prompt) + request.sampling.max_tokens, limits.context_length)
     # The last token is sampled but never computed on, so it takes no slot.
     if blocks_for(total - 1) > block_count:
@@ -137,6 +138,16 @@ def _refuse_prompt(prompt: tuple[int, ...], limits: EngineLimits) -> None:
     # A stray id would read outside the embedding and take every other request down with it.
     if min(prompt) < 0 or max(prompt) >= limits.vocabulary_size:
         raise RequestRefused("`prompt` holds a token id outside the vocabulary", "prompt")
+
+
+def _refuse_forced(request: GenerationRequest, limits: EngineLimits) -> None:
+    forced = request.forced
+    if not forced:
+        return
+    room = min(request.sampling.max_tokens, limits.context_length - len(request.prompt))
+    _require(len(forced) <= room, "forced", "at most `max_tokens` long, and fit the context with the prompt")
+    known = min(forced) >= 0 and max(forced) < limits.vocabulary_size
+    _require(known, "forced", "of token ids of the vocabulary")
 
 
 def _require(holds: bool, param: str, expected: str) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.config import EngineStartError
 from engine.logprobs import log_softmax, token_logprob
 from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs
-from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan, StepResult
 from engine.request import TokenLogprob
 from engine.sampler import sample
 from kernels import paged_attention
@@ -92,9 +94,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        sampling = [row for row in plan.rows if row.sampling is not None]
         logits = self._decoder.forward(self._inputs(plan.rows), self.caches)
-        return StepResult(_in_place(plan.rows, _sample(sampling, logits)))
+        return StepResult(_sample(plan.rows, logits))
 
     def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
         lengths = torch.tensor([len(row.tokens) for row in rows])
@@ -116,28 +117,31 @@ class ModelRunner:
                 BLOCK_SIZE,
                 zero_slot=self._block_count * BLOCK_SIZE,
             ),
-            sampled=(lengths.cumsum(0) - 1)[[row.sampling is not None for row in rows]],
+            sampled=_drawn_after(rows),
         )
 
 
-def _sample(rows: Sequence[RowPlan], logits: Tensor) -> list[TokenLogprob]:
-    if not rows:
-        return []
+def _drawn_after(rows: Sequence[RowPlan]) -> Tensor:
+    """Return which of the step's tokens are sampled after, [draws], row by row."""
+    first, indices = 0, []
+    for row in rows:
+        indices += [first + draw.offset for draw in row.draws]
+        first += len(row.tokens)
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+def _sample(rows: Sequence[RowPlan], logits: Tensor) -> tuple[tuple[TokenLogprob, ...], ...]:
+    """Return the tokens of every row's draws from the logits of all draws, [draws, V]."""
     logprobs = log_softmax(logits)
     scores = logits.numpy()
-    sampled = []
-    for index, row in enumerate(rows):
-        params = row.sampling
-        assert params is not None  # only rows that sample were handed in
-        token = sample(scores[index], params, row.context_length, row.past, row.banned)
-        alternatives = params.top_logprobs if params.logprobs else 0
-        sampled.append(token_logprob(logprobs[index], token, alternatives))
-    return sampled
+    at = iter(range(len(logits)))
+    return tuple(tuple(_draw(row, draw, scores, logprobs, next(at)) for draw in row.draws) for row in rows)
 
 
-def _in_place(rows: Sequence[RowPlan], sampled: list[TokenLogprob]) -> tuple[TokenLogprob | None, ...]:
-    taken = iter(sampled)
-    return tuple(next(taken) if row.sampling is not None else None for row in rows)
+def _draw(row: RowPlan, draw: Draw, scores: npt.NDArray[np.float32], logprobs: Tensor, index: int) -> TokenLogprob:
+    params = row.sampling
+    token = sample(scores[index], params, row.position(draw), draw.past, draw.banned)
+    return token_logprob(logprobs[index], token, params.top_logprobs if params.logprobs else 0)
 
 
 def blocks_in(mebibytes: int, config: DecoderConfig) -> int:

@@ -28,6 +28,20 @@ class PastTokens:
         self.seen.add(token)
         self.counts[token] = self.counts.get(token, 0) + 1
 
+    def copy(self) -> PastTokens:
+        copied = PastTokens(self.seen)
+        copied.counts = dict(self.counts)
+        return copied
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token to be sampled: the one that follows the row's token at `offset`."""
+
+    offset: int  # into `RowPlan.tokens`
+    past: PastTokens | None = None  # where `sampling.looks_back`: what stands before the token to be sampled
+    banned: tuple[int, ...] = ()  # ids that must not be sampled here
+
 
 @dataclass(frozen=True, slots=True)
 class RowPlan:
@@ -40,9 +54,12 @@ class RowPlan:
     tokens: tuple[int, ...]  # at least one
     start: int
     block_table: tuple[int, ...]
-    sampling: SamplingParams | None  # None: a prefill chunk that does not end its prompt; nothing is sampled
-    past: PastTokens | None = None  # where `sampling.looks_back`: what stands before the token to be sampled
-    banned: tuple[int, ...] = ()  # ids that must not be sampled here
+    sampling: SamplingParams
+    draws: tuple[Draw, ...]  # by offset; none: a chunk of a prompt; one: its end, or a decode; many: a forced output
+
+    def position(self, draw: Draw) -> int:
+        """Return the absolute position of the token to be sampled: its noise is of (seed, position)."""
+        return self.start + draw.offset + 1
 
     @property
     def context_length(self) -> int:
@@ -60,12 +77,9 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`sampled[i]` belongs to `plan.rows[i]`; None where the row's `sampling` is None.
+    """`sampled[i]` belongs to `plan.rows[i]`: a token for each of its draws."""
 
-    The token sampled after position p is drawn with the noise of (seed, p + 1): its own absolute position.
-    """
-
-    sampled: tuple[TokenLogprob | None, ...]
+    sampled: tuple[tuple[TokenLogprob, ...], ...]
 
 
 class Runner(Protocol):

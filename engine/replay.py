@@ -1,4 +1,8 @@
-"""Replay by regeneration: run a recorded request again and compare, bit for bit.
+"""Replay: have a recorded answer come out again, and compare bit for bit.
+
+`regenerate` runs the request again, one step a token. `force` goes through the recorded output in one pass, as if it
+were a prompt, and asks after each of its tokens what would have been sampled: the bits are the same, because those of a
+position depend on what stands before it and not on how it was computed, and one prefill takes the place of all steps.
 
 The replay digest is SHA-256 over one 8-byte entry per output position, in order:
 
@@ -78,6 +82,29 @@ async def regenerate(
     if recorded_tokens is not None and not recorded_tokens:
         return _verdict([], ReplayDigest().hexdigest(), recorded_digest, recorded_tokens, same_policy)
     tokens, stats = await _run(engine, _replayable(request, recorded_tokens))
+    return _verdict(tokens, stats.replay_digest, recorded_digest, recorded_tokens, same_policy)
+
+
+async def force(
+    engine: Engine,
+    request: GenerationRequest,
+    recorded_digest: str,
+    *,
+    recorded_policy: str,
+    recorded_tokens: Sequence[int],
+) -> ReplayVerdict:
+    """Go through the recorded output of `request` and return how what would have been sampled compares with it.
+
+    Each position is looked at after the recorded tokens before it: the first difference is the first token that would
+    have been another. `request.request_id` must be new, as for `regenerate`.
+
+    Raises: as `regenerate`.
+    """
+    same_policy = engine.numeric_policy == recorded_policy
+    if not recorded_tokens:
+        return _verdict([], ReplayDigest().hexdigest(), recorded_digest, recorded_tokens, same_policy)
+    forced = replace(_replayable(request, recorded_tokens), forced=tuple(recorded_tokens))
+    tokens, stats = await _run(engine, forced)
     return _verdict(tokens, stats.replay_digest, recorded_digest, recorded_tokens, same_policy)
 
 

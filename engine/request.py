@@ -95,6 +95,9 @@ class GenerationRequest:
     sampling: SamplingParams
     cache_salt: bytes  # server-derived; blocks of one salt are never visible to another
     fairness_key: str
+    # An output to go through instead of generating one, at most `max_tokens` long. For every position the deltas tell
+    # which token would have been sampled after the ones before it, and its logprob; they bring no text. See replay.py.
+    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,8 @@ from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
 from engine.request import EngineOverloaded, GenerationRequest, TokenLogprob
 from engine.sequence import Sequence, SequenceStatus
 
+FORCED_CHUNK = 128  # tokens of one sequence a step
+
 
 class StepMismatch(Exception):
     """We are wrong: a step's result does not answer its plan, or plan and commit did not take turns."""
@@ -37,7 +39,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # oldest first
         self._waiting: deque[Sequence] = deque()  # oldest first, all younger than the running ones
         self.admitted: list[Sequence] = []  # by the latest plan
-        self._planned: list[tuple[Sequence, int]] = []  # what the step under way computes, row by row
+        self._planned: list[tuple[Sequence, RowPlan]] = []  # what the step under way computes
         self._filling: set[bytes] = set()  # keys of the blocks that prefills of the step under way will fill
         self._arrivals = 0
         self._preempted = False  # in this step; nobody is admitted then
@@ -85,8 +87,8 @@ class Scheduler:
         self._plan_waiting(rows, budget)
         return StepPlan(tuple(rows)) if rows else None
 
-    def commit(self, result: StepResult) -> list[tuple[Sequence, TokenLogprob]]:
-        """Take note of a step carried out; return which sequence got which token, in row order.
+    def commit(self, result: StepResult) -> list[tuple[Sequence, tuple[TokenLogprob, ...]]]:
+        """Take note of a step carried out; return which sequence got which tokens, in row order.
 
         Each of them must then be continued (by doing nothing) or handed to `finish`.
         """
@@ -94,14 +96,15 @@ class Scheduler:
         if len(result.sampled) != len(planned):
             raise StepMismatch(f"{len(planned)} rows were planned, {len(result.sampled)} answered")
         sampled = []
-        for (sequence, count), token in zip(planned, result.sampled, strict=True):
-            sequence.computed += count
-            if (sequence.pending == 0) != (token is not None):
+        for (sequence, row), tokens in zip(planned, result.sampled, strict=True):
+            sequence.computed += len(row.tokens)
+            if len(row.draws) != len(tokens):
                 raise StepMismatch("a row was sampled that should not be, or was not that should")
             self._publish(sequence)
-            if token is not None:
-                sequence.append(token.token)
-                sampled.append((sequence, token))
+            for token in tokens:
+                sequence.take(token.token)
+            if tokens:
+                sampled.append((sequence, tokens))
         return sampled
 
     def drop_plan(self) -> None:
@@ -138,12 +141,17 @@ class Scheduler:
             sequence = self._running[index]
             count = 1
             if sequence.pending > 1:
-                count = min(sequence.pending, self.limits.chunk_tokens, budget)
+                count = min(sequence.pending, self._chunk(sequence), budget)
                 budget -= count
             if count and not self._plan_row(sequence, count, rows):
                 break
             index += 1
         return budget
+
+    def _chunk(self, sequence: Sequence) -> int:
+        """Return the most tokens of `sequence` in one step. After each of a forced output's the whole vocabulary is
+        looked at."""
+        return min(self.limits.chunk_tokens, FORCED_CHUNK) if sequence.request.forced else self.limits.chunk_tokens
 
     def _plan_row(self, sequence: Sequence, count: int, rows: list[RowPlan]) -> bool:
         """Plan `count` tokens of a running sequence; return False if it had to be preempted itself.
@@ -159,8 +167,9 @@ class Scheduler:
         if count > 1:
             filled = range(sequence.computed // BLOCK_SIZE, (sequence.computed + count) // BLOCK_SIZE)
             self._filling.update(sequence.key(index) for index in filled)
-        self._planned.append((sequence, count))
-        rows.append(sequence.row(count))
+        row = sequence.row(count)
+        self._planned.append((sequence, row))
+        rows.append(row)
         return True
 
     def _plan_waiting(self, rows: list[RowPlan], budget: int) -> None:
@@ -168,7 +177,7 @@ class Scheduler:
             sequence = self._waiting[0]
             if not self._admit(sequence):
                 return
-            count = min(sequence.pending, self.limits.chunk_tokens, budget)
+            count = min(sequence.pending, self._chunk(sequence), budget)
             budget -= count
             self._plan_row(sequence, count, rows)
 
@@ -201,7 +210,7 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Return the cached blocks of the longest known prefix, always short of the last token: it is sampled from."""
         hits: list[int] = []
-        for index in range((len(sequence.tokens) - 1) // BLOCK_SIZE):
+        for index in range(sequence.reusable // BLOCK_SIZE):
             block = self.pool.find(sequence.key(index))
             if block is None:
                 break
@@ -213,7 +222,7 @@ class Scheduler:
 
         Waiting a step turns it into a hit: of many users of one long prompt who come at once, one computes it.
         """
-        return hits < (len(sequence.tokens) - 1) // BLOCK_SIZE and sequence.key(hits) in self._filling
+        return hits < sequence.reusable // BLOCK_SIZE and sequence.key(hits) in self._filling
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer the blocks that this step filled to the prefix cache, of output as of prompt."""

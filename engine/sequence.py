@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from engine.blocks import chain_key, root_key
 from engine.limits import blocks_for
-from engine.plan import BLOCK_SIZE, PastTokens, RowPlan
+from engine.plan import BLOCK_SIZE, Draw, PastTokens, RowPlan
 from engine.request import GenerationRequest
 
 
@@ -32,6 +32,7 @@ class Sequence:
         "arrival",
         "cached_tokens",
         "computed",
+        "drawn",
         "ending",
         "preemptions",
         "prompt_length",
@@ -45,11 +46,12 @@ class Sequence:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival  # order of arrival; lower goes first
-        self.tokens: list[int] = list(request.prompt)
+        self.tokens: list[int] = [*request.prompt, *request.forced[:-1]]  # after its last token nothing is looked for
         self.prompt_length = len(request.prompt)
         self.computed = 0  # tokens whose keys and values lie in the blocks
         self.published = 0  # leading blocks already offered to the prefix cache
         self.cached_tokens: int | None = None  # prompt tokens found in the prefix cache; None until first admitted
+        self.drawn = 0  # tokens sampled so far
         self.ending = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else eos_ids)
         self.preemptions = 0
         self.status = SequenceStatus.WAITING
@@ -58,15 +60,20 @@ class Sequence:
         self._keys: list[bytes] = []  # of the leading full blocks, as far as anyone asked
         self._past = PastTokens(request.prompt) if sampling.looks_back else None
 
-    @property
-    def output_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
-
-    def append(self, token: int) -> None:
-        """Take up a token that was sampled."""
-        self.tokens.append(token)
+    def take(self, token: int) -> None:
+        """Take up a token that was sampled. Of a forced output the next one is known, whatever was sampled."""
+        if self.request.forced:
+            token = self.request.forced[self.drawn]
+        else:
+            self.tokens.append(token)
+        self.drawn += 1
         if self._past is not None:
             self._past.add(token)
+
+    @property
+    def reusable(self) -> int:
+        """Return how many leading tokens may come from the cache: what is yet to be sampled from must be computed."""
+        return self.prompt_length + self.drawn - 1 if self.request.forced else len(self.tokens) - 1
 
     @property
     def pending(self) -> int:
@@ -117,16 +124,35 @@ class Sequence:
         return blocks
 
     def row(self, count: int) -> RowPlan:
-        """Return this sequence's share of a step: its next `count` pending tokens. Samples if they end the pending."""
-        if count == self.pending == 1:  # decode, the path taken once per output token
-            return self._sampling_row((self.tokens[-1],))
-        end = self.computed + count
-        tokens = tuple(self.tokens[self.computed : end])
-        if end < len(self.tokens):
-            return RowPlan(tokens, self.computed, self.block_table, sampling=None)
-        return self._sampling_row(tokens)
+        """Return this sequence's share of a step: its next `count` pending tokens.
 
-    def _sampling_row(self, tokens: tuple[int, ...]) -> RowPlan:
-        sampling = self.request.sampling
-        banned = tuple(self.ending) if self.output_length < sampling.min_tokens else ()
-        return RowPlan(tokens, self.computed, self.block_table, sampling, self._past, banned)
+        It samples if they end the pending; of a forced output, after each token that was not sampled after before.
+        """
+        tokens = (self.tokens[-1],) if count == self.pending == 1 else self._next(count)
+        if self.request.forced:
+            draws = self._forced_draws(count)
+        elif self.computed + count < len(self.tokens):
+            draws = ()
+        else:
+            draws = (Draw(count - 1, self._past, self._banned(self.drawn)),)
+        return RowPlan(tokens, self.computed, self.block_table, self.request.sampling, draws)
+
+    def _next(self, count: int) -> tuple[int, ...]:
+        return tuple(self.tokens[self.computed : self.computed + count])
+
+    def _banned(self, index: int) -> tuple[int, ...]:
+        """Return what output token `index` must not be."""
+        return tuple(self.ending) if index < self.request.sampling.min_tokens else ()
+
+    def _forced_draws(self, count: int) -> tuple[Draw, ...]:
+        past = self._past.copy() if self._past is not None else None
+        draws = []
+        for index in range(self.drawn, len(self.request.forced)):
+            offset = self.prompt_length - 1 + index - self.computed
+            if offset >= count:
+                break
+            draws.append(Draw(offset, past, self._banned(index)))
+            if past is not None:
+                past = past.copy()
+                past.add(self.request.forced[index])
+        return tuple(draws)

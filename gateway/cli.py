@@ -250,14 +250,14 @@ def verify(
 @app.command()
 def replay(
     request_id: str,
-    mode: Annotated[str, typer.Option(help="regenerate.")] = "regenerate",
+    mode: Annotated[str, typer.Option(help="regenerate, or forced: in one pass.")] = "regenerate",
     url: Url = None,
     config: Config = None,
     data: Data = None,
 ) -> None:
-    """Generate a recorded answer again: exit 0 if it is identical, or consistent under another numeric policy."""
-    if mode != "regenerate":
-        _fail("`--mode` is `regenerate`", USAGE)
+    """Have a recorded answer come out again: exit 0 if it is identical, or consistent under another numeric policy."""
+    if mode not in ("regenerate", "forced"):
+        _fail("`--mode` is `regenerate` or `forced`", USAGE)
     with _officer(_settings(config, data, {}), url) as officer:
         outcome = officer.replay(request_id, mode)
     print(json.dumps(outcome, indent=2))

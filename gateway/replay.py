@@ -1,6 +1,6 @@
-"""Replay of a recorded request: made again from its leaves and its content alone, and generated again.
+"""Replay of a recorded request, made again from its leaves and its content alone.
 
-Every choice is run through engine/replay.py with the tokens of the prompt that the model saw, the sampling that the
+Every choice goes through engine/replay.py with the tokens of the prompt that the model saw, the sampling that the
 leaf states, and the stop strings and token ids of the body as sent. Nothing of the replay reaches a client, and no
 policy is asked: what was allowed then is compared, not decided anew.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 from pydantic import ValidationError
@@ -20,10 +20,12 @@ from pydantic import ValidationError
 from audit.leaf import Leaf
 from audit.reader import RevealedContent
 from audit.records import Json, RecordType
-from engine.replay import ReplayOutcome, regenerate
+from engine.replay import ReplayOutcome, force, regenerate
 from engine.request import Engine, GenerationRequest, SamplingParams
 from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
 from gateway.strict_json import MalformedJson, parse_json
+
+Mode = Literal["regenerate", "forced"]
 
 
 class ReplayRefused(Exception):
@@ -41,6 +43,7 @@ class ChoiceReplay:
 @dataclass(frozen=True, slots=True)
 class Replay:
     request_id: str
+    mode: str  # regenerate | forced
     outcome: str  # the weakest of its choices: different < consistent < identical
     first_difference: int | None  # of the first choice that differs
     model: str  # version digest
@@ -51,7 +54,7 @@ class Replay:
     def recorded(self) -> dict[str, Json]:
         """Return what the log keeps of it."""
         return {
-            "mode": "regenerate",
+            "mode": self.mode,
             "outcome": self.outcome,
             "model": self.model,
             "recorded_engine": self.recorded_engine,
@@ -98,8 +101,8 @@ def recording(leaves: Sequence[Leaf], content: RevealedContent) -> Recording:
     )
 
 
-async def replay(engine: Engine, recorded: Recording, replay_id: str) -> Replay:
-    """Generate every choice again and compare. `replay_id` is new; it names the replay to the engine.
+async def replay(engine: Engine, recorded: Recording, replay_id: str, mode: Mode = "regenerate") -> Replay:
+    """Have every choice come out again and compare. `replay_id` is new; it names the replay to the engine.
 
     Raises:
         ReplayRefused: another model version is loaded, or a choice has no digest.
@@ -112,14 +115,14 @@ async def replay(engine: Engine, recorded: Recording, replay_id: str) -> Replay:
         )
     prompt = tuple(engine.encode(recorded.prompt_to_model, chat=recorded.chat))
     choices = [
-        await _replay_choice(engine, recorded, prompt, position, f"{replay_id}/{position}")
+        await _replay_choice(engine, recorded, prompt, position, f"{replay_id}/{position}", mode)
         for position in range(len(recorded.choices))
     ]
-    return _verdict(engine, recorded, choices)
+    return _verdict(engine, recorded, choices, mode)
 
 
 async def _replay_choice(
-    engine: Engine, recorded: Recording, prompt: tuple[int, ...], position: int, replay_id: str
+    engine: Engine, recorded: Recording, prompt: tuple[int, ...], position: int, replay_id: str, mode: Mode
 ) -> ChoiceReplay:
     entry, tokens = recorded.choices[position], recorded.tokens[position]
     if not entry["replay"] and tokens:
@@ -132,13 +135,12 @@ async def _replay_choice(
         cache_salt=b"",  # engine/replay.py gives it one that nobody shares
         fairness_key="replay",
     )
-    verdict = await regenerate(
-        engine, request, entry["replay"], recorded_policy=recorded.engine, recorded_tokens=tokens
-    )
+    again = force if mode == "forced" else regenerate
+    verdict = await again(engine, request, entry["replay"], recorded_policy=recorded.engine, recorded_tokens=tokens)
     return ChoiceReplay(entry["index"], verdict.outcome.value, verdict.first_difference, verdict.output_tokens)
 
 
-def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay]) -> Replay:
+def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay], mode: Mode) -> Replay:
     outcomes = {choice.outcome for choice in choices}
     weakest = next(
         outcome.value
@@ -148,6 +150,7 @@ def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay]) -
     first = next((choice for choice in choices if choice.outcome == ReplayOutcome.DIFFERENT.value), None)
     return Replay(
         request_id=recorded.request_id,
+        mode=mode,
         outcome=weakest,
         first_difference=None if first is None else first.first_difference,
         model=recorded.version,

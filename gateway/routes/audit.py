@@ -92,15 +92,15 @@ async def reveal(request: Request, request_id: str) -> dict[str, Any]:
 
 @router.post("/requests/{request_id}:replay", dependencies=[requires(Permission.REPLAY)])
 async def replay_request(request: Request, request_id: str) -> dict[str, Any]:
-    """Generate the answer again and say whether it is the same. Shows none of it."""
+    """Have the answer come out again and say whether it is the same. Shows none of it."""
     state, officer = state_of(request), officer_of(request)
-    await read_body(request, ReplayBody)
+    body = await read_body(request, ReplayBody)
     tenant = await _tenant_of(state, officer, request_id)
     leaves = await _read(state, state.reader.leaves, request_id)
     content = await _read(state, state.reader.reveal, request_id)
     try:
         recorded = recording([stored.leaf for stored in leaves], content)
-        outcome: Replay = await replay(state.engine, recorded, f"replay/{request.state.request_id}")
+        outcome: Replay = await replay(state.engine, recorded, f"replay/{request.state.request_id}", body.mode)
     except ReplayRefused as refused:
         raise problems.not_replayable(str(refused)) from None
     except (EngineOverloaded, ReplayInterrupted):

@@ -149,6 +149,8 @@ def test_what_is_no_request_of_the_log_fails(gateway: RunningGateway, wanted: st
 
 
 def test_a_replay_exits_zero_when_it_is_identical(gateway: RunningGateway, request_id: str) -> None:
+    assert officer(gateway, "replay", request_id, "--mode", "forced").exit_code == 0
+    assert officer(gateway, "replay", request_id, "--mode", "guess").exit_code == 2
     result = officer(gateway, "replay", request_id)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["outcome"] == "identical"

@@ -200,8 +200,9 @@ def test_what_bends_the_choice_of_tokens_is_honoured_on_record_and_replayed(
     sampling = story(auditor, request_id)["sampling"]
     assert sampling["presence_penalty"] == "0.5"
     assert (sampling["logit_bias_count"], sampling["min_tokens"]) == (2, 24)
-    replayed = auditor.post(f"/audit/requests/{request_id}:replay", {"mode": "regenerate"}).raise_for_status().json()
-    assert replayed["outcome"] == "identical"
+    for mode in ("regenerate", "forced"):
+        replayed = auditor.post(f"/audit/requests/{request_id}:replay", {"mode": mode}).raise_for_status().json()
+        assert (replayed["mode"], replayed["outcome"]) == (mode, "identical")
 
 
 def test_a_token_that_the_model_does_not_have_is_refused_by_the_field_s_name(client: openai.OpenAI) -> None:

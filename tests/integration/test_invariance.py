@@ -7,6 +7,7 @@ for which the library itself is not invariant on some machines, so that what rep
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_preemption_at_every_kth_step_changes_no_bit(directory: Path, every: int
         assert output.stats is not None
         assert output.stats.preemptions > 0
         assert bits(output) == alone(directory, length)
+
+
+@pytest.mark.parametrize("chunk", [16, 64, 100, UNBOUNDED])
+def test_going_through_a_recorded_output_gives_the_bits_of_generating_it(directory: Path, chunk: int) -> None:
+    def preempt(core: EngineCore, step: int) -> None:
+        if step % 3 == 2 and chunk == 16 and core.scheduler.running:
+            core.scheduler.preempt_youngest()
+
+    core = model_core(load_model(directory), 1024, chunk_tokens=chunk, token_budget=200)
+    recorded = {length: alone(directory, length)[0] for length in LENGTHS}
+    again = [
+        replace(ask(length), forced=tuple(tokens), cache_salt=b"%d" % length) for length, tokens in recorded.items()
+    ]
+    beside = others(7)
+    outputs = run_all(core, [*beside[:3], *again, *beside[3:]], before_step=preempt, check=False)
+    assert_as_alone(directory, outputs)
 
 
 def test_preemption_with_an_evicted_cache_changes_no_bit(directory: Path) -> None:

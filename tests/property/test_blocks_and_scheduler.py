@@ -7,6 +7,7 @@ whatever was shared, evicted, preempted or aborted, every token is the one the r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from hypothesis import assume, settings
@@ -120,9 +121,12 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.sampled_from([1, 2, 16, 40, 60]),
         salt=st.sampled_from(SALTS),
         seed=st.integers(0, 1),
+        forced=st.sampled_from([False, False, True]),
     )
-    def add(self, stem: int, length: int, max_tokens: int, salt: bytes, seed: int) -> None:
+    def add(self, stem: int, length: int, max_tokens: int, salt: bytes, seed: int, forced: bool) -> None:
         request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
+        if forced:
+            request = replace(request, forced=tokens_alone(stem, length, seed)[:max_tokens])
         try:
             self.core.add(request)
         except EngineOverloaded:
@@ -166,8 +170,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert (sequence.request.cache_salt, tuple(sequence.tokens[:found])) in self.computed
 
     def note_computed(self, sequence: Sequence) -> None:
-        finished = sequence.status is SequenceStatus.FINISHED  # all but its last token was computed
-        computed = len(sequence.tokens) - 1 if finished else sequence.computed
+        computed = sequence.computed
+        if sequence.status is SequenceStatus.FINISHED:  # all was computed but a last token that was sampled
+            computed = len(sequence.tokens) - (0 if sequence.request.forced else 1)
         for end in range(BLOCK_SIZE, computed + 1, BLOCK_SIZE):
             self.computed.add((sequence.request.cache_salt, tuple(sequence.tokens[:end])))
 

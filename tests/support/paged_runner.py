@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan, StepResult
 from engine.request import TokenLogprob
 
 _MASK = 2**64 - 1
@@ -37,7 +37,7 @@ class PagedRunner:
         assert self._max_rows is None or len(plan.rows) <= self._max_rows
         for row in plan.rows:
             self._write(row)
-        return StepResult(tuple(self._sample(row) if row.sampling else None for row in plan.rows))
+        return StepResult(tuple(tuple(self._sample(row, draw) for draw in row.draws) for row in plan.rows))
 
     def _write(self, row: RowPlan) -> None:
         assert row.tokens
@@ -53,12 +53,11 @@ class PagedRunner:
     def _slot(row: RowPlan, position: int) -> tuple[int, int]:
         return row.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
 
-    def _sample(self, row: RowPlan) -> TokenLogprob:
-        assert row.sampling is not None
-        context = self._slots[list(row.block_table)].reshape(-1)[: row.context_length]
-        drawn = _draw(context.tobytes(), row)
+    def _sample(self, row: RowPlan, draw: Draw) -> TokenLogprob:
+        context = self._slots[list(row.block_table)].reshape(-1)[: row.position(draw)]
+        drawn = _draw(context.tobytes(), row, draw)
         token = int.from_bytes(drawn[:8], "little") % self.vocabulary_size
-        while token in row.banned:
+        while token in draw.banned:
             token = (token + 1) % self.vocabulary_size
         bits = int.from_bytes(drawn[8:10], "little")
         logprob = struct.unpack("<f", struct.pack("<f", -(bits + 1) / 997))[0]
@@ -66,10 +65,9 @@ class PagedRunner:
         return TokenLogprob(token, logprob, tuple((other, logprob - rank) for rank, other in enumerate(top)))
 
 
-def _draw(context: bytes, row: RowPlan) -> bytes:
-    assert row.sampling is not None
+def _draw(context: bytes, row: RowPlan, draw: Draw) -> bytes:
     # How long the output may get and what is reported of it must not matter to what is drawn.
     lengths = {"max_tokens": 1, "min_tokens": 0, "stop": (), "stop_tokens": (), "ignore_eos": False}
     chosen = replace(row.sampling, **lengths, logprobs=False, top_logprobs=0)
-    past = None if row.past is None else (sorted(row.past.seen), sorted(row.past.counts.items()))
-    return hashlib.sha256(context + repr((chosen, past, row.context_length)).encode()).digest()
+    past = None if draw.past is None else (sorted(draw.past.seen), sorted(draw.past.counts.items()))
+    return hashlib.sha256(context + repr((chosen, past, row.position(draw))).encode()).digest()

@@ -19,8 +19,8 @@ def make_generation(max_tokens: int = 100, context_length: int = 1000, **samplin
 
 
 def accept(generation: Generation, token: int, now: float = 20.0) -> TokenDelta:
-    generation.sequence.append(token)
-    return generation.accept(TokenLogprob(token, -0.5), now)
+    generation.sequence.take(token)
+    return generation.accept([TokenLogprob(token, -0.5)], now)
 
 
 def accept_text(generation: Generation, text: str) -> list[TokenDelta]:

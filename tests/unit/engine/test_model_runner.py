@@ -15,7 +15,7 @@ from engine.model_runner import (
     choose_linears,
     choose_segment,
 )
-from engine.plan import BLOCK_SIZE, RowPlan, StepPlan
+from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan
 from engine.request import SamplingParams
 from tests.support.model_engine import LoadedModel, load_model
 
@@ -28,14 +28,14 @@ def model(tiny_models: dict[str, Path]) -> LoadedModel:
 
 
 def row(tokens: list[int], start: int = 0, blocks: tuple[int, ...] = (3, 1, 4), sampled: bool = True) -> RowPlan:
-    return RowPlan(tuple(tokens), start, blocks, GREEDY if sampled else None)
+    return RowPlan(tuple(tokens), start, blocks, GREEDY, (Draw(len(tokens) - 1),) if sampled else ())
 
 
 def test_samples_stand_where_their_rows_do(model: LoadedModel) -> None:
     runner = ModelRunner(model.decoder, 16)
     rows = (row([5, 6], blocks=(0,)), row([7], blocks=(1,), sampled=False), row([8, 9, 10], blocks=(2,)))
     sampled = runner.run(StepPlan(rows)).sampled
-    assert sampled[1] is None
+    assert sampled[1] == ()
     for index in (0, 2):
         assert sampled[index] == runner.run(StepPlan((rows[index],))).sampled[0]
 
@@ -45,8 +45,19 @@ def test_a_step_that_samples_nothing_only_stores(model: LoadedModel) -> None:
     tokens = [3 + index % 300 for index in range(40)]
     whole = runner.run(StepPlan((row(tokens),))).sampled[0]
     other = ModelRunner(model.decoder, 16)
-    assert other.run(StepPlan((row(tokens[:33], sampled=False),))).sampled == (None,)
+    assert other.run(StepPlan((row(tokens[:33], sampled=False),))).sampled == ((),)
     assert other.run(StepPlan((row(tokens[33:], start=33),))).sampled[0] == whole
+
+
+def test_after_many_tokens_of_a_row_the_same_is_sampled_as_after_each_alone(model: LoadedModel) -> None:
+    tokens = [3 + 7 * index % 300 for index in range(37)]
+    draws = tuple(Draw(offset) for offset in range(4, 37))
+    (many,) = (
+        ModelRunner(model.decoder, 16).run(StepPlan((RowPlan(tuple(tokens), 0, (3, 1, 4), GREEDY, draws),))).sampled
+    )
+    for draw, found in zip(draws, many, strict=True):
+        alone = ModelRunner(model.decoder, 16).run(StepPlan((row(tokens[: draw.offset + 1]),))).sampled[0]
+        assert alone == (found,)
 
 
 def test_every_token_but_the_last_in_steps_of_one_gives_the_same_bits(model: LoadedModel) -> None:

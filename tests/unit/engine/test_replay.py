@@ -4,12 +4,14 @@ import hashlib
 import struct
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from engine.replay import ReplayDigest, ReplayInterrupted, ReplayOutcome, regenerate
-from engine.request import GenerationRequest, TokenDelta
+from engine.replay import ReplayDigest, ReplayInterrupted, ReplayOutcome, force, regenerate
+from engine.request import GenerationRequest, RequestRefused, TokenDelta
 from engine.runtime import EngineRuntime
+from engine.scheduler import FORCED_CHUNK
 from tests.support.engine_core import Output, make_core, make_prompt, make_request, take
 from tests.support.engine_runtime import POLICY, make_runtime
 
@@ -139,3 +141,75 @@ async def test_a_replay_that_is_aborted_gives_no_verdict() -> None:
     with pytest.raises(ReplayInterrupted):
         await regenerate(engine, endless, "0" * 64, recorded_policy=POLICY)
     engine.close()
+
+
+# --- forced ---
+
+SHAPES: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    "penalised": {"repetition_penalty": 1.2, "frequency_penalty": 0.5, "presence_penalty": -0.5, "min_tokens": 9},
+    "bent": {"logit_bias": ((7, 3.0),), "stop_tokens": (11, 12), "ignore_eos": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 130, 300])
+async def test_going_through_the_output_gives_the_bits_of_generating_it(
+    engine: EngineRuntime, shape: str, length: int
+) -> None:
+    request = make_request("recorded", make_prompt(50), length, seed=length, **SHAPES[shape])
+    recorded = await record(engine, request)
+    steps = engine.metrics().steps
+    verdict = await force(
+        engine,
+        replace(request, request_id="again"),
+        digest_of(recorded),
+        recorded_policy=POLICY,
+        recorded_tokens=recorded.tokens,
+    )
+    assert (verdict.outcome, verdict.first_difference) == (ReplayOutcome.IDENTICAL, None)
+    assert verdict.digest == digest_of(recorded)
+    assert engine.metrics().steps - steps <= 1 + (50 + len(recorded.tokens)) // FORCED_CHUNK
+
+
+@pytest.mark.parametrize("position", [0, 7, 19])
+async def test_a_forced_replay_finds_one_changed_token_where_it_is(engine: EngineRuntime, position: int) -> None:
+    recorded = await record(engine)
+    claimed = list(recorded.tokens)
+    claimed[position] += 1
+    verdict = await force(engine, AGAIN, digest_of(recorded), recorded_policy=POLICY, recorded_tokens=claimed)
+    assert (verdict.outcome, verdict.first_difference) == (ReplayOutcome.DIFFERENT, position)
+    assert verdict.output_tokens == 20
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"temperature": 0.5}, {"top_k": 3}, {"frequency_penalty": 0.1}])
+async def test_a_forced_replay_finds_another_seed_or_constant(engine: EngineRuntime, change: dict[str, Any]) -> None:
+    recorded = await record(engine)
+    tampered = replace(AGAIN, sampling=replace(AGAIN.sampling, **change))
+    verdict = await force(
+        engine, tampered, digest_of(recorded), recorded_policy=POLICY, recorded_tokens=recorded.tokens
+    )
+    assert verdict.outcome is ReplayOutcome.DIFFERENT
+    assert verdict.first_difference == 0
+
+
+async def test_a_forced_replay_never_claims_bits_under_another_policy(engine: EngineRuntime) -> None:
+    recorded = await record(engine)
+    policy = "sha256:" + "0" * 64
+    same = await force(engine, AGAIN, "", recorded_policy=policy, recorded_tokens=recorded.tokens)
+    assert same.outcome is ReplayOutcome.CONSISTENT
+    claimed = [*recorded.tokens[:-1], recorded.tokens[-1] + 1]
+    other = await force(engine, AGAIN, digest_of(recorded), recorded_policy=policy, recorded_tokens=claimed)
+    assert (other.outcome, other.first_difference) == (ReplayOutcome.DIFFERENT, 19)
+
+
+async def test_an_output_of_nothing_is_gone_through_without_the_engine(engine: EngineRuntime) -> None:
+    verdict = await force(engine, AGAIN, ReplayDigest().hexdigest(), recorded_policy=POLICY, recorded_tokens=[])
+    assert (verdict.outcome, verdict.output_tokens) == (ReplayOutcome.IDENTICAL, 0)
+
+
+async def test_what_could_not_be_the_output_is_refused_by_name(engine: EngineRuntime) -> None:
+    for forced in ((-1,), (50_000,), tuple(range(21))):
+        with pytest.raises(RequestRefused, match="forced"):
+            await record(engine, replace(AGAIN, forced=forced))

@@ -19,7 +19,7 @@ def request(number: int, length: int, max_tokens: int = 50, salt: bytes = b"salt
 
 
 def answer(plan: StepPlan, token: int = 7) -> StepResult:
-    return StepResult(tuple(TokenLogprob(token, -1.0) if row.sampling else None for row in plan.rows))
+    return StepResult(tuple(tuple(TokenLogprob(token, -1.0) for _ in row.draws) for row in plan.rows))
 
 
 def step(scheduler: Scheduler) -> StepPlan:
@@ -31,7 +31,7 @@ def step(scheduler: Scheduler) -> StepPlan:
 
 
 def shape(plan: StepPlan) -> list[tuple[int, int, bool]]:
-    return [(row.start, len(row.tokens), row.sampling is not None) for row in plan.rows]
+    return [(row.start, len(row.tokens), bool(row.draws)) for row in plan.rows]
 
 
 def test_nothing_in_flight_plans_nothing() -> None:
@@ -205,7 +205,7 @@ def test_an_impossible_request_is_refused_before_it_is_queued() -> None:
 
 def test_a_result_that_does_not_answer_the_plan_is_our_error() -> None:
     token = TokenLogprob(1, -1.0)
-    for sampled in ((), (None,), (token, token)):
+    for sampled in ((), ((),), ((token, token),), ((token,), (token,))):
         scheduler = make_scheduler()
         scheduler.add(request(0, 5))
         scheduler.plan()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.blocks import chain_key, root_key
+from engine.plan import Draw
 from engine.sequence import Sequence, SequenceStatus
 from tests.support.engine_core import make_request
 
@@ -20,11 +23,37 @@ def test_only_the_chunk_that_ends_what_is_known_is_sampled() -> None:
     sequence.admit([])
     sequence.extend([4, 9])
     first = sequence.row(17)
-    assert (first.tokens, first.start, first.block_table, first.sampling) == (tuple(range(17)), 0, (4, 9), None)
+    assert (first.tokens, first.start, first.block_table, first.draws) == (tuple(range(17)), 0, (4, 9), ())
     sequence.computed = 17
     last = sequence.row(3)
     assert (last.tokens, last.start) == ((17, 18, 19), 17)
     assert last.sampling is sequence.request.sampling
+    assert last.draws == (Draw(2),)
+    assert last.position(last.draws[0]) == 20
+
+
+def test_a_forced_output_is_sampled_after_each_of_its_tokens_once() -> None:
+    request = replace(make_request("r", list(range(20)), frequency_penalty=1.0, max_tokens=4), forced=(70, 71, 70, 72))
+    sequence = Sequence(request, arrival=0)
+    assert sequence.pending == 23  # after the last one nothing is looked for
+    sequence.admit([])
+    sequence.extend([4, 9])
+    assert sequence.row(19).draws == ()
+    draws = sequence.row(22).draws
+    assert [draw.offset for draw in draws] == [19, 20, 21]
+    assert [draw.past and draw.past.counts for draw in draws] == [{}, {70: 1}, {70: 1, 71: 1}]
+    assert sequence.reusable == 19
+    sequence.computed = 22
+    for sampled in (5, 71, 6):  # whatever was sampled, what is recorded comes next
+        sequence.take(sampled)
+    assert (sequence.drawn, sequence.tokens[20:], sequence.reusable) == (3, [70, 71, 70], 22)
+    last = sequence.row(1)
+    assert (last.tokens, [draw.offset for draw in last.draws]) == ((70,), [0])
+    assert last.draws[0].past is not None
+    assert last.draws[0].past.counts == {70: 2, 71: 1}
+    sequence.give_up_blocks(SequenceStatus.WAITING)  # computed again, but not sampled again
+    sequence.admit([])
+    assert [draw.offset for draw in sequence.row(23).draws] == [22]
 
 
 def test_a_decode_row_reuses_the_block_table_until_it_grows() -> None:
