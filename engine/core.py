@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from engine.blocks import BlockPool, Finding
 from engine.generation import DetokenizerFor, Generation
+from engine.grammar import Start
 from engine.limits import EngineLimits
 from engine.metrics import EngineMetrics
 from engine.plan import Runner, StepPlan
-from engine.request import FinishReason, GenerationRequest, RequestRefused, TokenDelta
+from engine.request import FinishReason, GenerationFailed, GenerationRequest, RequestRefused, TokenDelta
 from engine.scheduler import Scheduler
 
 
@@ -25,6 +26,7 @@ class Emission:
 
     request_id: str
     delta: TokenDelta
+    failure: GenerationFailed | None = None  # the request ended with this, after the delta
 
 
 class EngineCore:
@@ -53,15 +55,17 @@ class EngineCore:
     def has_work(self) -> bool:
         return bool(self._generations)
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue `request`; its deltas come out of later steps.
+    def add(self, request: GenerationRequest, start: Start | None = None) -> None:
+        """Queue `request`; its deltas come out of later steps. With a structure, `start` gives its output a state.
 
         Raises: ContextTooLong, RequestRefused, EngineOverloaded; nothing was queued.
         """
         if request.request_id in self._generations:
             raise RequestRefused("`request_id` is already in flight; use a new one", "request_id")
         detokenizer = self._detokenizer_for(request.sampling)
-        sequence = self.scheduler.add(request)
+        if (request.sampling.structure is None) != (start is None):
+            raise RequestRefused("`structure` was not compiled", "structure")
+        sequence = self.scheduler.add(request, start() if start is not None else None)
         self._generations[request.request_id] = Generation(
             sequence, detokenizer, context_length=self.limits.context_length, arrived_at=self._clock()
         )
@@ -98,9 +102,13 @@ class EngineCore:
                 self._prompt_tokens += sequence.prompt_length
             self._generation_tokens += len(tokens)
             delta = generation.accept(tokens, now)
+            failure = None
             if delta.finish_reason is not None:
                 self._end(generation, delta.finish_reason)
-            emissions.append(Emission(sequence.request.request_id, delta))
+            elif sequence.failed:
+                failure = GenerationFailed("the structure of the output became too complex to be enforced; simplify it")
+                self._end(generation, FinishReason.ABORT)
+            emissions.append(Emission(sequence.request.request_id, delta, failure))
         return emissions
 
     def _note_admitted(self) -> None:

@@ -90,6 +90,7 @@ def refuse_sampling(sampling: SamplingParams) -> None:
     _require(sampling.logprobs or sampling.top_logprobs == 0, "top_logprobs", "0 unless `logprobs` is set")
     _require(len(sampling.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
     _refuse_adjustments(sampling)
+    _refuse_contradiction(sampling)
     fits = all(1 <= len(text) <= MAX_STOP_CHARACTERS for text in sampling.stop)
     _require(fits, "stop", f"made of strings of 1 to {MAX_STOP_CHARACTERS} characters")
 
@@ -104,6 +105,13 @@ def _refuse_adjustments(sampling: SamplingParams) -> None:
     _require(len(sampling.allowed_tokens) <= MAX_ALLOWED_TOKENS, "allowed_tokens", f"at most {MAX_ALLOWED_TOKENS} ids")
     _require(len(sampling.stop_tokens) <= MAX_STOP_TOKENS, "stop_tokens", f"at most {MAX_STOP_TOKENS} ids")
     _require(sampling.min_tokens >= 0, "min_tokens", "at least 0")
+
+
+def _refuse_contradiction(sampling: SamplingParams) -> None:
+    if sampling.structure is None:
+        return
+    for name in ("ignore_eos", "min_tokens", "allowed_tokens"):
+        _require(not getattr(sampling, name), name, "left out where the output has a structure")
 
 
 def _refuse_token_ids(sampling: SamplingParams, limits: EngineLimits) -> None:

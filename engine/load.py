@@ -6,6 +6,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.grammar import Grammars
 from engine.limits import EngineLimits
 from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears, choose_segment
 from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
@@ -48,5 +49,6 @@ def load_engine(config: EngineConfig) -> EngineRuntime:
         tokenizer,
         version,
         digest(numeric_policy(linears, segment)),
+        grammars=Grammars.of(tokenizer.json, shape.vocab_size, tokenizer.eos_ids),
         times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
     )

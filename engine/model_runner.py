@@ -140,7 +140,7 @@ def _sample(rows: Sequence[RowPlan], logits: Tensor) -> tuple[tuple[TokenLogprob
 
 def _draw(row: RowPlan, draw: Draw, scores: npt.NDArray[np.float32], logprobs: Tensor, index: int) -> TokenLogprob:
     params = row.sampling
-    token = sample(scores[index], params, row.position(draw), draw.past, draw.banned)
+    token = sample(scores[index], params, row.position(draw), draw)
     return token_logprob(logprobs[index], token, params.top_logprobs if params.logprobs else 0)
 
 

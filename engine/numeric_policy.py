@@ -14,6 +14,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from importlib import metadata
 from importlib.resources import files
 
 import numpy as np
@@ -42,6 +43,7 @@ def numeric_policy(linears: Mapping[tuple[int, int], str], segment: str) -> dict
         "attention_tile": attention_plan.TILE,
         "attention_segment": attention_plan.SEGMENT,
         "attention_rows": attention_plan.ROWS,
+        "grammar": _version("llguidance"),
         "kernels": _sources("kernels"),
         "arithmetic": _sources("engine.models", "engine"),
     }
@@ -62,7 +64,15 @@ _SWITCHES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
-_ARITHMETIC = frozenset({"decoder.py", "sampler.py", "logprobs.py", "model_runner.py"})
+_ARITHMETIC = frozenset({"decoder.py", "grammar.py", "sampler.py", "logprobs.py", "model_runner.py"})
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a library that an engine can do without."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _sources(*packages: str) -> str:

@@ -41,6 +41,7 @@ class Draw:
     offset: int  # into `RowPlan.tokens`
     past: PastTokens | None = None  # where `sampling.looks_back`: what stands before the token to be sampled
     banned: tuple[int, ...] = ()  # ids that must not be sampled here
+    mask: bytes | None = None  # of a grammar: one bit an id, the lowest first; only what is set may be sampled
 
 
 @dataclass(frozen=True, slots=True)

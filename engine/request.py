@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -19,6 +19,7 @@ class EngineError(Exception):
     """Base of what the engine raises to its caller.
 
     EngineError
+    ├── GenerationFailed    this request cannot go on; the others do
     ├── RequestRefused      the caller is wrong; that request alone fails, `param` names the field
     │   └── ContextTooLong  prompt + max_tokens do not fit the context
     ├── EngineOverloaded    the waiting queue is full; try again later
@@ -39,6 +40,10 @@ class ContextTooLong(RequestRefused):
     """The prompt (and the tokens asked for) exceed the context length."""
 
 
+class GenerationFailed(EngineError):
+    """The request cannot go on as it was asked for. Nothing is wrong with the engine."""
+
+
 class EngineOverloaded(EngineError):
     """The bounded waiting queue is full."""
 
@@ -57,10 +62,25 @@ class FinishReason(StrEnum):
     ABORT = "abort"  # the caller aborted
 
 
+class StructureKind(StrEnum):
+    JSON_SCHEMA = "json_schema"  # `source` is the schema, JSON text
+    REGEX = "regex"
+    CHOICE = "choice"  # `source` is a JSON list of texts
+    LARK = "lark"
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What the whole output must look like."""
+
+    kind: StructureKind
+    source: str = field(repr=False)  # the caller's own words
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen, in the order of sampler.py: bias → penalties → allowed and banned tokens → temperature →
-    top-k → top-p → min-p → Gumbel argmax."""
+    """How tokens are chosen, in the order of sampler.py: bias → penalties → grammar, allowed and banned tokens →
+    temperature → top-k → top-p → min-p → Gumbel argmax."""
 
     max_tokens: int  # ≥ 1
     seed: int  # 0 … 2**63 − 1; always present, drawn by the gateway when the client gives none
@@ -79,6 +99,7 @@ class SamplingParams:
     min_tokens: int = (
         0  # before so many, neither the end-of-sequence nor a stop token is chosen; stop strings still end
     )
+    structure: Structure | None = None  # not with ignore_eos, min_tokens or allowed_tokens, which contradict it
     logprobs: bool = False
     top_logprobs: int = 0  # 0 … 20, only with logprobs
 
@@ -197,6 +218,13 @@ class Engine(Protocol):
 
     def token_text(self, token: int) -> bytes:
         """Return the bytes of one token, for logprobs."""
+        ...
+
+    async def prepare(self, structure: Structure) -> None:
+        """Make sure that outputs of this structure can be generated.
+
+        Raises: RequestRefused: it cannot be enforced.
+        """
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:

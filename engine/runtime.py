@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.core import Emission, EngineCore
+from engine.grammar import Grammars, Start
 from engine.limits import refuse_impossible
 from engine.metrics import EngineMetrics
 from engine.request import (
@@ -38,9 +39,12 @@ from engine.request import (
     GenerationRequest,
     ModelVersion,
     RequestRefused,
+    Structure,
     TokenDelta,
 )
 from engine.stream import Stream
+
+COMPILED_AT_ONCE = 2  # grammars
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +72,7 @@ class RuntimeTimes:
 class _Add:
     request: GenerationRequest
     stream: Stream
+    start: Start | None  # of its structure
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class EngineRuntime:
         model: ModelVersion,
         numeric_policy: str,
         *,
+        grammars: Grammars | None = None,  # none: structures are refused
         times: RuntimeTimes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,6 +105,8 @@ class EngineRuntime:
         self._codec = codec
         self._model = model
         self._numeric_policy = numeric_policy
+        self._grammars = grammars
+        self._compiling = asyncio.Semaphore(COMPILED_AT_ONCE)
         self._limits = core.limits
         self._block_count = core.scheduler.pool.total
         self._times = times or RuntimeTimes()
@@ -147,7 +155,8 @@ class EngineRuntime:
 
         Raises: RequestRefused, EngineOverloaded, EngineDraining on the first step; EngineDead at any.
         """
-        stream = self._open(request)
+        structure = request.sampling.structure
+        stream = self._open(request, await self._compiled(structure) if structure is not None else None)
         self._watch(stream)
         try:
             while True:
@@ -158,6 +167,16 @@ class EngineRuntime:
         finally:
             stream.unwatch()
             self._send_abort(stream)
+
+    async def prepare(self, structure: Structure) -> None:
+        """Raises: RequestRefused: outputs of this structure cannot be generated."""
+        await self._compiled(structure)
+
+    async def _compiled(self, structure: Structure) -> Start:
+        if self._grammars is None:
+            raise RequestRefused("this engine knows no structured output; install `llguidance`", "response_format")
+        async with self._compiling:
+            return await asyncio.to_thread(self._grammars.compile, structure)
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is in flight; its iterator then ends with a delta that says so."""
@@ -207,7 +226,7 @@ class EngineRuntime:
 
     # Shared by both sides.
 
-    def _open(self, request: GenerationRequest) -> Stream:
+    def _open(self, request: GenerationRequest, start: Start | None) -> Stream:
         refuse_impossible(request, self._limits, self._block_count)
         stream = Stream(request.request_id, asyncio.get_running_loop())
         with self._lock:
@@ -215,7 +234,7 @@ class EngineRuntime:
             if not self._in_flight:
                 self._pending_since = self._clock()
             self._in_flight[request.request_id] = stream
-            self._inbox.put_nowait(_Add(request, stream))
+            self._inbox.put_nowait(_Add(request, stream, start))
         return stream
 
     def _refuse_now(self, request: GenerationRequest) -> None:
@@ -315,7 +334,7 @@ class EngineRuntime:
                 self._emit([emission])
             return
         try:
-            self._core.add(message.request)
+            self._core.add(message.request, message.start)
         except EngineError as refusal:
             self._forget([message.stream])
             self._send([(message.stream, refusal)])
@@ -328,7 +347,9 @@ class EngineRuntime:
             if stream is None:  # the engine was closed during this step; the stream knows
                 continue
             posts.append((stream, emission.delta))
-            if emission.delta.finish_reason is not None:
+            if emission.failure is not None:
+                posts.append((stream, emission.failure))
+            if emission.failure is not None or emission.delta.finish_reason is not None:
                 ended.append(stream)
         # Forgotten first: who hears of the end may use the id again.
         if ended:

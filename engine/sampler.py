@@ -1,9 +1,9 @@
 """The sampler: one row of logits, its parameters, its position and what stands before it → one token. No batch.
 
-Order, fixed: bias → penalties (repetition, frequency, presence) → allowed and banned tokens → temperature → top-k →
-top-p → min-p → Gumbel argmax, in float64 from the first that applies. Ties go to the lowest id, everywhere. A token's
-noise is a counter hash of (seed, absolute position, vocabulary id): it does not depend on what was drawn before, on
-neighbours, or on any generator's state, so that a replay can draw it again.
+Order, fixed: bias → penalties (repetition, frequency, presence) → grammar, allowed and banned tokens → temperature →
+top-k → top-p → min-p → Gumbel argmax, in float64 from the first that applies. Ties go to the lowest id, everywhere.
+A token's noise is a counter hash of (seed, absolute position, vocabulary id): it does not depend on what was drawn
+before, on neighbours, or on any generator's state, so that a replay can draw it again.
 
     state = mix(seed · A + mix(position · B + C))      64 bits, wrapping
     u     = ((mix(state + id · A) >> 11) + 0.5) / 2**53      in (0, 1)
@@ -15,16 +15,16 @@ Source: Gumbel-max trick (Maddison et al., 2014); mix is the finaliser of SplitM
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
-from engine.plan import PastTokens
+from engine.plan import Draw, PastTokens
 from engine.request import SamplingParams
 
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint64]
+
+ANYWHERE = Draw(0)  # nothing stands before, nothing is ruled out
 
 _A = np.uint64(0x9E3779B97F4A7C15)
 _B = np.uint64(0xD1B54A32D192ED03)
@@ -35,41 +35,46 @@ def sample(
     logits: npt.NDArray[np.float32],
     params: SamplingParams,
     position: int,
-    past: PastTokens | None = None,
-    banned: Sequence[int] = (),
+    draw: Draw = ANYWHERE,
 ) -> int:
     """Return the token for `position` (absolute, of the token to be drawn) from logits [V].
 
-    `past` is needed where `params.looks_back`. At least one token must be left that is allowed and not banned.
+    `draw.past` is needed where `params.looks_back`. At least one token must be left that may be sampled.
     """
-    scores = adjust(logits, params, past, banned)
+    scores = adjust(logits, params, draw)
     if params.temperature == 0:
         return int(np.argmax(scores))
     scores = keep(scores.astype(np.float64) / params.temperature, params)
     return int(np.argmax(scores + gumbel(params.seed, position, scores.size)))
 
 
-def adjust(
-    logits: npt.NDArray[np.float32], params: SamplingParams, past: PastTokens | None, banned: Sequence[int]
-) -> npt.NDArray[np.float32] | Floats:
+def adjust(logits: npt.NDArray[np.float32], params: SamplingParams, draw: Draw) -> npt.NDArray[np.float32] | Floats:
     """Return the logits after bias and penalties, what must not be chosen at −∞; as they are where nothing is asked."""
-    if not (params.logit_bias or params.looks_back or params.allowed_tokens or banned):
+    if not (params.logit_bias or params.looks_back or params.allowed_tokens or draw.banned or draw.mask is not None):
         return logits
     scores = logits.astype(np.float64)
     if params.logit_bias:
         ids, bias = zip(*params.logit_bias, strict=True)
         scores[list(ids)] += np.array(bias, dtype=np.float64)
     if params.looks_back:
-        assert past is not None  # whoever plans the row brings it
-        _penalise(scores, params, past)
+        assert draw.past is not None  # whoever plans the row brings it
+        _penalise(scores, params, draw.past)
     if params.allowed_tokens:
         allowed = np.array(params.allowed_tokens)
         kept = scores[allowed]
         scores[:] = -np.inf
         scores[allowed] = kept
-    if banned:
-        scores[list(banned)] = -np.inf
+    if draw.banned:
+        scores[list(draw.banned)] = -np.inf
+    if draw.mask is not None:
+        scores[~_bits(draw.mask, scores.size)] = -np.inf
     return scores
+
+
+def _bits(mask: bytes, vocabulary: int) -> npt.NDArray[np.bool_]:
+    """Return a mask as [vocabulary] truths; ids beyond it are masked out."""
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), count=min(vocabulary, 8 * len(mask)), bitorder="little")
+    return np.pad(bits.astype(np.bool_), (0, vocabulary - bits.size))
 
 
 def _penalise(scores: Floats, params: SamplingParams, past: PastTokens) -> None:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from engine.blocks import BlockPool, Defect, Finding
+from engine.grammar import GrammarState
 from engine.limits import EngineLimits, blocks_for, refuse_choiceless, refuse_impossible
 from engine.metrics import SchedulerCounters
 from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
@@ -61,15 +62,15 @@ class Scheduler:
         yield from self._running
         yield from self._waiting
 
-    def add(self, request: GenerationRequest) -> Sequence:
-        """Queue `request`.
+    def add(self, request: GenerationRequest, grammar: GrammarState | None = None) -> Sequence:
+        """Queue `request`; with a structure, `grammar` is where its output begins.
 
         Raises: ContextTooLong, RequestRefused, EngineOverloaded.
         """
         refuse_impossible(request, self.limits, self.pool.total)
         if self.running + self.waiting >= self.limits.in_flight:
             raise EngineOverloaded(f"{self.limits.in_flight} requests are in flight; try again later")
-        sequence = Sequence(request, self._arrivals, self._eos_ids)
+        sequence = Sequence(request, self._arrivals, self._eos_ids, grammar)
         refuse_choiceless(request.sampling, sequence.ending, self.limits)
         self._arrivals += 1
         self._waiting.append(sequence)

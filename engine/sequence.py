@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 
 from engine.blocks import chain_key, root_key
+from engine.grammar import GrammarState
 from engine.limits import blocks_for
 from engine.plan import BLOCK_SIZE, Draw, PastTokens, RowPlan
 from engine.request import GenerationRequest
@@ -27,6 +28,7 @@ class Sequence:
     __slots__ = (
         "_block_table",
         "_blocks",
+        "_grammar",
         "_keys",
         "_past",
         "arrival",
@@ -42,7 +44,13 @@ class Sequence:
         "tokens",
     )
 
-    def __init__(self, request: GenerationRequest, arrival: int, eos_ids: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        arrival: int,
+        eos_ids: frozenset[int] = frozenset(),
+        grammar: GrammarState | None = None,
+    ) -> None:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival  # order of arrival; lower goes first
@@ -59,6 +67,7 @@ class Sequence:
         self._block_table: tuple[int, ...] | None = ()  # None: `_blocks` grew since it was made
         self._keys: list[bytes] = []  # of the leading full blocks, as far as anyone asked
         self._past = PastTokens(request.prompt) if sampling.looks_back else None
+        self._grammar = grammar  # where the output stands in its structure
 
     def take(self, token: int) -> None:
         """Take up a token that was sampled. Of a forced output the next one is known, whatever was sampled."""
@@ -69,6 +78,13 @@ class Sequence:
         self.drawn += 1
         if self._past is not None:
             self._past.add(token)
+        if self._grammar is not None and token not in self.ending:
+            self._grammar.take(token)
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing more can be sampled: the grammar met a bound."""
+        return self._grammar is not None and self._grammar.failed and not self.request.forced
 
     @property
     def reusable(self) -> int:
@@ -134,7 +150,8 @@ class Sequence:
         elif self.computed + count < len(self.tokens):
             draws = ()
         else:
-            draws = (Draw(count - 1, self._past, self._banned(self.drawn)),)
+            mask = self._grammar.mask if self._grammar is not None else None
+            draws = (Draw(count - 1, self._past, self._banned(self.drawn), mask),)
         return RowPlan(tokens, self.computed, self.block_table, self.request.sampling, draws)
 
     def _next(self, count: int) -> tuple[int, ...]:
@@ -146,13 +163,17 @@ class Sequence:
 
     def _forced_draws(self, count: int) -> tuple[Draw, ...]:
         past = self._past.copy() if self._past is not None else None
+        grammar = self._grammar.copy() if self._grammar is not None else None
         draws = []
         for index in range(self.drawn, len(self.request.forced)):
             offset = self.prompt_length - 1 + index - self.computed
             if offset >= count:
                 break
-            draws.append(Draw(offset, past, self._banned(index)))
+            token = self.request.forced[index]
+            draws.append(Draw(offset, past, self._banned(index), grammar.mask if grammar is not None else None))
             if past is not None:
                 past = past.copy()
-                past.add(self.request.forced[index])
+                past.add(token)
+            if grammar is not None and token not in self.ending:
+                grammar.take(token)  # one that may not come is the difference that a replay looks for
         return tuple(draws)

@@ -53,6 +53,11 @@ class Tokenizer:
     def vocabulary_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
+    @property
+    def json(self) -> str:
+        """The tokenizer itself, in the form of tokenizer.json."""
+        return str(self._tokenizer.to_str())
+
     def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
         """Return the prompt text, generation prompt included.
 

@@ -87,6 +87,8 @@ def _adjustments(sampling: SamplingParams) -> dict[str, Json]:
         name: decimal_text(getattr(sampling, name)) for name, nothing in penalties if getattr(sampling, name) != nothing
     }
     stated |= {f"{name}_count": len(getattr(sampling, name)) for name in counts if getattr(sampling, name)}
+    if sampling.structure is not None:
+        stated["structure"] = str(sampling.structure.kind)  # itself it is content
     if sampling.min_tokens:
         stated["min_tokens"] = sampling.min_tokens
     return stated

@@ -176,6 +176,7 @@ class Pipeline:
             raise Denied(_denial(decision), decision)
         rendered, verdicts = await self._inspect(question.request, decision, obligations)
         prompt = self._count(question.request, rendered, decision, obligations, verdicts)
+        await self._prepare(question.request, decision, verdicts)
         return Grant(
             question=question,
             decision=decision,
@@ -252,6 +253,17 @@ class Pipeline:
             error = errors.context_length_exceeded(self._engine.context_length, len(prompt), field)
             raise Denied(error, decision, verdicts)
         return prompt
+
+    async def _prepare(self, request: InferenceRequest, decision: Decision, verdicts: tuple[Verdict, ...]) -> None:
+        """Refuse a structure that the engine cannot enforce."""
+        structure = request.structure
+        if structure is None:
+            return
+        try:
+            await self._engine.prepare(structure)
+        except RequestRefused as refused:
+            error = errors.invalid_request(str(refused), param=request.structure_field)
+            raise Denied(error, decision, verdicts) from None
 
     def _reserve(self, grant: Grant) -> None:
         """Reserve the prompt and the longest possible output in every bucket, or refuse."""
@@ -397,6 +409,7 @@ def _sampling(request: InferenceRequest, obligations: Obligations, room: int) ->
         allowed_tokens=request.allowed_tokens,
         stop_tokens=request.stop_tokens,
         min_tokens=request.min_tokens or 0,
+        structure=request.structure,
         logprobs=request.wants_logprobs,
         top_logprobs=request.alternatives,
     )

@@ -163,7 +163,7 @@ def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay], m
 def _sampling(stated: Mapping[str, Any], asked: InferenceRequest) -> SamplingParams:
     """Return the sampling that a leaf states. Decimals read back as the doubles they were.
 
-    Stop strings and token ids are content: they stand in the body as sent.
+    Stop strings, token ids and structures are content: they stand in the body as sent.
     """
     return SamplingParams(
         max_tokens=stated["max_tokens"],
@@ -181,6 +181,7 @@ def _sampling(stated: Mapping[str, Any], asked: InferenceRequest) -> SamplingPar
         allowed_tokens=asked.allowed_tokens,
         stop_tokens=asked.stop_tokens,
         min_tokens=stated.get("min_tokens", 0),
+        structure=asked.structure,
     )
 
 

@@ -1,15 +1,16 @@
 """The bodies of `/v1/chat/completions` and `/v1/completions`: read strictly, refused by field name.
 
 A field that this version cannot honour is refused when it asks for something, and accepted when it says "nothing":
-`tools: []`, `response_format: {"type": "text"}`. An unknown field is refused. Nothing is dropped
+`tools: []`, `store: false`. An unknown field is refused. Nothing is dropped
 without a word.
 
 Source: the OpenAI API reference; names and ranges are its own. `top_k`, `min_p`, `ignore_eos`, `repetition_penalty`,
-`min_tokens`, `stop_token_ids` and `allowed_token_ids` are the extensions that vLLM established.
+`min_tokens`, `stop_token_ids`, `allowed_token_ids` and `structured_outputs` are the extensions that vLLM established.
 """
 
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +25,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from engine.request import Structure, StructureKind
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -43,7 +46,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "response_format": ({"type": "text"},),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "store": (False,),
@@ -92,6 +94,54 @@ class StreamOptions(_Body):
     include_usage: StrictBool = False
 
 
+class JsonSchema(_Body):
+    """A schema is enforced whatever `strict` says."""
+
+    name: Annotated[StrictStr, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+    schema_: dict[str, Any] = Field(alias="schema")
+    description: StrictStr | None = None
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _a_schema_is_there_where_one_is_meant(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("`json_schema` stands with the type `json_schema`, and with no other")
+        return self
+
+
+class StructuredOutputs(_Body):
+    """One of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: StrictStr | None = None
+    choice: Annotated[list[StrictStr], Field(min_length=1, max_length=1024)] | None = None
+    grammar: StrictStr | None = None  # Lark
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if sum(value is not None for value in (self.json_, self.regex, self.choice, self.grammar)) != 1:
+            raise ValueError("give one of `json`, `regex`, `choice` and `grammar`")
+        return self
+
+    @property
+    def structure(self) -> Structure:
+        if self.json_ is not None:
+            return Structure(StructureKind.JSON_SCHEMA, json.dumps(self.json_))
+        if self.regex is not None:
+            return Structure(StructureKind.REGEX, self.regex)
+        if self.choice is not None:
+            return Structure(StructureKind.CHOICE, json.dumps(self.choice))
+        assert self.grammar is not None  # exactly one
+        return Structure(StructureKind.LARK, self.grammar)
+
+
 class _InferenceBody(_Body):
     """What both endpoints share."""
 
@@ -114,6 +164,8 @@ class _InferenceBody(_Body):
     min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
     metadata: dict[str, str] | None = None
 
@@ -136,6 +188,14 @@ class _InferenceBody(_Body):
         if least is not None and most is not None and least > most:
             raise ValueError("`min_tokens` is at most `max_tokens`")
         return least
+
+    @field_validator("structured_outputs")
+    @classmethod
+    def _one_structure(cls, outputs: StructuredOutputs | None, info: ValidationInfo) -> StructuredOutputs | None:
+        stated = info.data.get("response_format")
+        if outputs is not None and stated is not None and stated.type != "text":
+            raise ValueError("`structured_outputs` and `response_format` say two things; give one")
+        return outputs
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> Self:
@@ -166,6 +226,22 @@ class _InferenceBody(_Body):
     @property
     def allowed_tokens(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.allowed_token_ids or ())))
+
+    @property
+    def structure(self) -> Structure | None:
+        """What the whole answer must look like."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.structure
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        stated = self.response_format.json_schema
+        schema = {"type": "object"} if stated is None else stated.schema_
+        return Structure(StructureKind.JSON_SCHEMA, json.dumps(schema))
+
+    @property
+    def structure_field(self) -> str:
+        """The field that asked for it."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
 
     @property
     def include_usage(self) -> bool:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
+from functools import cache
 
+from engine.grammar import Grammars
 from engine.request import RequestRefused, SamplingParams
 
 EOS = 256
@@ -59,6 +61,25 @@ class ByteDetokenizer:
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text
+
+
+class _Bytes:
+    """What llguidance asks of a tokenizer."""
+
+    eos_token_id = EOS
+    bos_token_id = BOS
+    special_token_ids = (EOS, BOS)
+    tokens = (*(bytes([byte]) for byte in range(256)), b"<eos>", b"<bos>")
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+@cache
+def byte_grammars() -> Grammars:
+    from llguidance import LLTokenizer, TokenizerWrapper  # not on every machine that runs the engine
+
+    return Grammars(LLTokenizer(TokenizerWrapper(_Bytes()), eos_token=[EOS]))
 
 
 def detokenizer_for(sampling: SamplingParams) -> ByteDetokenizer:

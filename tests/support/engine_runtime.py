@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.core import EngineCore
+from engine.grammar import Grammars
 from engine.plan import StepPlan, StepResult
 from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, RuntimeTimes
@@ -41,6 +42,7 @@ def make_runtime(
     times: RuntimeTimes | None = None,
     kind: type[EngineRuntime] = EngineRuntime,
     clock: Callable[[], float] | None = None,
+    grammars: Grammars | None = None,
 ) -> EngineRuntime:
-    options: dict[str, Any] = {} if clock is None else {"clock": clock}
+    options: dict[str, Any] = {"grammars": grammars} if clock is None else {"grammars": grammars, "clock": clock}
     return kind(core, ByteTokenizer(), MODEL, POLICY, times=times, **options)

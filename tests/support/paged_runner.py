@@ -57,6 +57,9 @@ class PagedRunner:
         context = self._slots[list(row.block_table)].reshape(-1)[: row.position(draw)]
         drawn = _draw(context.tobytes(), row, draw)
         token = int.from_bytes(drawn[:8], "little") % self.vocabulary_size
+        if draw.mask is not None:
+            allowed = [token for token in range(len(draw.mask) * 8) if draw.mask[token // 8] >> token % 8 & 1]
+            token = allowed[token % len(allowed)]
         while token in draw.banned:
             token = (token + 1) % self.vocabulary_size
         bits = int.from_bytes(drawn[8:10], "little")

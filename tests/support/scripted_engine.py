@@ -17,6 +17,8 @@ from engine.request import (
     GenerationRequest,
     GenerationStats,
     ModelVersion,
+    RequestRefused,
+    Structure,
     TokenDelta,
     TokenLogprob,
 )
@@ -81,6 +83,9 @@ class ScriptedEngine:
 
     def token_text(self, token: int) -> bytes:
         return bytes([token])
+
+    async def prepare(self, structure: Structure) -> None:
+        raise RequestRefused("a script has no structure", "response_format")
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         if self._draining:

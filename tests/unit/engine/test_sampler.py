@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.plan import PastTokens
+from engine.plan import Draw, PastTokens
 from engine.request import MAX_SEED, SamplingParams
 from engine.sampler import adjust, gumbel, keep, sample
 
@@ -165,14 +165,14 @@ def test_bias_penalties_and_masks_equal_the_definition_token_by_token(
     )
     row = logits(30, seed)
     before = row.copy()
-    scores = adjust(row, chosen, past(prompt, output), tuple(banned))
+    scores = adjust(row, chosen, Draw(0, past(prompt, output), tuple(banned)))
     expected = adjusted_reference(row, chosen, prompt, output, tuple(banned))
     np.testing.assert_allclose(scores, expected, rtol=1e-12)
     assert np.array_equal(row, before)  # the logits are the log-probabilities' too
     if np.isfinite(expected).any():
-        assert np.isfinite(expected[sample(row, chosen, 3, past(prompt, output), tuple(banned))])
+        assert np.isfinite(expected[sample(row, chosen, 3, Draw(0, past(prompt, output), tuple(banned)))])
         greedy = params(**{name: getattr(chosen, name) for name in ADJUSTMENTS}, temperature=0.0)
-        assert sample(row, greedy, 3, past(prompt, output), tuple(banned)) == int(np.argmax(scores))
+        assert sample(row, greedy, 3, Draw(0, past(prompt, output), tuple(banned))) == int(np.argmax(scores))
 
 
 ADJUSTMENTS = ("logit_bias", "repetition_penalty", "frequency_penalty", "presence_penalty", "allowed_tokens")
@@ -181,14 +181,14 @@ ADJUSTMENTS = ("logit_bias", "repetition_penalty", "frequency_penalty", "presenc
 def test_the_order_in_which_tokens_were_seen_changes_no_bit() -> None:
     chosen = params(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=0.1)
     tokens = [5, 1, 40, 5, 5, 22, 1]
-    one = adjust(logits(), chosen, past([9, 8], tokens), ())
-    other = adjust(logits(), chosen, past([8, 9, 9], tokens[::-1]), ())
+    one = adjust(logits(), chosen, Draw(0, past([9, 8], tokens)))
+    other = adjust(logits(), chosen, Draw(0, past([8, 9, 9], tokens[::-1])))
     assert one.tobytes() == other.tobytes()
 
 
 def test_where_nothing_is_asked_the_logits_are_taken_as_they_are() -> None:
     row = logits()
-    assert adjust(row, params(), None, ()) is row
+    assert adjust(row, params(), Draw(0)) is row
 
 
 @given(

@@ -42,7 +42,6 @@ def test_null_asks_for_nothing_wherever_it_stands() -> None:
         ("tools", [], [{"type": "function"}]),
         ("tool_choice", "auto", "required"),
         ("functions", [], [{}]),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
         ("parallel_tool_calls", True, "yes"),
         ("modalities", ["text"], ["audio"]),
         ("store", False, True),
