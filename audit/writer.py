@@ -381,9 +381,9 @@ class Writer:
         """Take the record into the batch, whole or not at all."""
         moment = self._now()
         record_id = self._new_id()
-        request = self._request_of(record, batch)
         link = batch.chains.get(log, _Link(0, FIRST_PREV))
         try:
+            request = self._request_of(record, batch)
             sealed = self._seal(record, record_id, request)
             new = self._leaf(record, log, link, record_id, moment, sealed)
             encoded = new.encode()
@@ -774,8 +774,12 @@ def _check(record: Record, log: str) -> None:
 
 
 def _check_text(name: str, value: object, longest: int | None) -> None:
-    if isinstance(value, str) and ("\0" in value or (longest is not None and len(value) > longest)):
+    if not isinstance(value, str):
+        return
+    if "\0" in value or (longest is not None and len(value) > longest):
         raise RecordMalformed(f"`{name}` is longer than {longest} characters, or holds a zero byte")
+    if not value.isascii() and value.encode("utf-8", "replace").decode() != value:
+        raise RecordMalformed(f"`{name}` holds a lone surrogate")
 
 
 def _leaf_row(new: Leaf, encoded: bytes, digest: bytes, moment: int) -> dict[str, Any]:

@@ -141,6 +141,7 @@ WRONG = [
     Record(RecordType.AUDIT_READ, TENANT, BODY, identities={"subject": "\ud800"}),
     replace(received(R[9]), body={**received(R[9]).body, "action": "a" * 41}),
     replace(received(R[9]), body={**received(R[9]).body, "action": "a\0"}),
+    received(R[9], "ten\ud800ant"),
 ]
 
 
