@@ -32,7 +32,7 @@ _LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 5_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 10_000,  # of 1 to 2 KiB, of every output
     "max_grammar_size": 100_000,
     "verbose_errors": False,
 }
@@ -103,6 +103,7 @@ class Grammars:
                 matcher = self._compiled[structure] = self._matcher(structure)
                 if len(self._compiled) > MAX_CACHED:
                     self._compiled.popitem(last=False)
+            self._compiled.move_to_end(structure)
         return lambda: GrammarState(matcher.deep_copy())
 
     def _matcher(self, structure: Structure) -> Any:

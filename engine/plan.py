@@ -18,18 +18,23 @@ BLOCK_SIZE = 16  # tokens per KV block
 class PastTokens:
     """The tokens before a position, as penalties look at them. Grows with the output; never shrinks."""
 
-    __slots__ = ("counts", "seen")
+    __slots__ = ("counts", "prompt")
 
     def __init__(self, prompt: Iterable[int]) -> None:
-        self.seen = set(prompt)  # in prompt or output
+        self.prompt = frozenset(prompt)
         self.counts: dict[int, int] = {}  # token id → times in the output
 
+    @property
+    def seen(self) -> frozenset[int]:
+        """Tokens of prompt or output."""
+        return self.prompt.union(self.counts)
+
     def add(self, token: int) -> None:
-        self.seen.add(token)
         self.counts[token] = self.counts.get(token, 0) + 1
 
     def copy(self) -> PastTokens:
-        copied = PastTokens(self.seen)
+        """Cost: the output's tokens; the prompt is shared."""
+        copied = PastTokens(self.prompt)
         copied.counts = dict(self.counts)
         return copied
 

@@ -96,9 +96,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # −2 … 2; taken off once for a token that is in the output
     allowed_tokens: tuple[int, ...] = ()  # at most 1024 ids, ascending; empty: all
     stop_tokens: tuple[int, ...] = ()  # at most 16 ids, ascending; each ends the output as the end-of-sequence does
-    min_tokens: int = (
-        0  # before so many, neither the end-of-sequence nor a stop token is chosen; stop strings still end
-    )
+    min_tokens: int = 0  # before so many, no end-of-sequence and no stop token is chosen; a stop string ends it still
     structure: Structure | None = None  # not with ignore_eos, min_tokens or allowed_tokens, which contradict it
     logprobs: bool = False
     top_logprobs: int = 0  # 0 … 20, only with logprobs

@@ -31,12 +31,7 @@ _B = np.uint64(0xD1B54A32D192ED03)
 _C = np.uint64(0x8CB92BA72F3D8DD7)
 
 
-def sample(
-    logits: npt.NDArray[np.float32],
-    params: SamplingParams,
-    position: int,
-    draw: Draw = ANYWHERE,
-) -> int:
+def sample(logits: npt.NDArray[np.float32], params: SamplingParams, position: int, draw: Draw = ANYWHERE) -> int:
     """Return the token for `position` (absolute, of the token to be drawn) from logits [V].
 
     `draw.past` is needed where `params.looks_back`. At least one token must be left that may be sampled.

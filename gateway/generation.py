@@ -22,6 +22,7 @@ from engine.request import (
     EngineError,
     EngineOverloaded,
     FinishReason,
+    GenerationFailed,
     GenerationRequest,
     GenerationStats,
     RequestRefused,
@@ -293,6 +294,8 @@ def _named(error: Exception) -> ApiError:
         return errors.suspended()
     if isinstance(error, RequestRefused):
         return errors.invalid_request(str(error), param=error.param)
+    if isinstance(error, GenerationFailed):
+        return errors.invalid_request(str(error))
     if isinstance(error, EngineOverloaded):
         return errors.overloaded()
     if isinstance(error, EngineDraining):

@@ -128,3 +128,16 @@ def test_a_structure_that_cannot_be_is_refused_by_name_and_not_repeated(
     assert (refused.value.code, refused.value.param) == ("invalid_request", param)
     assert named in refused.value.message
     assert CANARY not in refused.value.message
+
+
+def test_a_grammar_that_becomes_too_much_work_is_that_request_s_failure_and_on_record(
+    client: openai.OpenAI, auditor: Hand
+) -> None:
+    ambiguous = 'start: (a|b|c)* "!"\na: x a x | x\nb: x b | b x | x\nc: c c c | x\nx: /[^!]/'
+    with pytest.raises(openai.BadRequestError, match="too complex") as refused:
+        # With this seed the end does not come before it has become too much.
+        ask(client, QUESTION, seed=19, max_tokens=1500, extra_body={"structured_outputs": {"grammar": ambiguous}})
+    assert refused.value.code == "invalid_request"
+    request_id = refused.value.response.headers["x-request-id"]
+    assert auditor.get(f"/audit/requests/{request_id}").raise_for_status().json()["status"] == "failed"
+    assert ask(client, QUESTION, max_tokens=5).choices[0].message.content is not None  # the engine goes on
