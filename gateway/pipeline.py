@@ -332,7 +332,13 @@ class Pipeline:
             receipt = await self._log.append(record)
         except LogUnavailable:
             return errors.audit_unavailable()
-        return denied.error.with_headers({"probity-receipt": str(receipt), "probity-policy": denied.decision.policy})
+        return denied.error.with_headers(
+            {
+                "probity-receipt": str(receipt),
+                "probity-policy": denied.decision.policy,
+                "probity-model": self._engine.model.digest,  # the one that would have answered
+            }
+        )
 
     # --- the governed task ---
 

@@ -122,6 +122,7 @@ def assert_denied_on_record(gateway: RunningGateway, error: openai.APIStatusErro
     origin, writer, seq, _ = headers["probity-receipt"].split(";")
     assert (origin, writer, seq) == (denied[0].log, denied[0].writer, str(denied[0].writer_seq))
     assert headers["probity-policy"]
+    assert headers["probity-model"] == gateway.rooms.engine.model.digest
     assert part(gateway, denied[0], "prompt", tenant)
 
 
