@@ -1,19 +1,18 @@
 """Scheduler: who computes how many tokens in the next step. Knows blocks and sequences; no tensors, text or time.
 
-First come, first served. Order of arrival is the only order: the running sequences are always the oldest ones, oldest
-first, the waiting queue holds the younger ones, oldest first. Every step serves, in that order,
+Whose turn it is to begin, the waiting queue says (waiting.py): fair between keys. From then on the order of turns is
+the only order: what was given its turn earlier is older. Every step serves, in that order,
     1. each running sequence: one token if it decodes, a chunk of its prompt if it prefills;
     2. waiting sequences, admitted while sequences, budget and blocks last.
-When blocks run out, the youngest running sequence is preempted: it gives up its blocks, returns to the head of the
-queue and later recomputes prompt and output so far; tokens already emitted are fixed. The oldest therefore always
-advances, and since a request that does not fit an empty pool was refused, everything finishes.
+When blocks run out, the youngest running sequence is preempted: it gives up its blocks, goes before all who wait, and
+later recomputes prompt and output so far; tokens already emitted are fixed. The oldest therefore always advances, and
+since a request that does not fit an empty pool was refused, everything finishes.
 
 Source: Kwon et al., SOSP 2023 (preemption by recomputation); Agrawal et al., OSDI 2024 (chunked prefill beside decode).
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 from engine.blocks import BlockPool, Defect, Finding
@@ -23,6 +22,7 @@ from engine.metrics import SchedulerCounters
 from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
 from engine.request import EngineOverloaded, GenerationRequest, TokenLogprob
 from engine.sequence import Sequence, SequenceStatus
+from engine.waiting import WaitingQueue
 
 FORCED_CHUNK = 128  # tokens of one sequence a step
 
@@ -38,15 +38,16 @@ class Scheduler:
         self._eos_ids = eos_ids
         self.counters = SchedulerCounters()
         self._running: list[Sequence] = []  # oldest first
-        self._waiting: deque[Sequence] = deque()  # oldest first, all younger than the running ones
+        self._waiting = WaitingQueue()
+        self._turns = 0  # given so far
         self.admitted: list[Sequence] = []  # by the latest plan
         self._planned: list[tuple[Sequence, RowPlan]] = []  # what the step under way computes
         self._filling: set[bytes] = set()  # keys of the blocks that prefills of the step under way will fill
         self._arrivals = 0
         self._preempted = False  # in this step; nobody is admitted then
-        # The head of the queue was last refused admission with this many blocks available; asking again before there
+        # Whose turn it was, and how many blocks were available when it was refused admission; asking again before there
         # are more would walk its prompt for nothing in every step.
-        self._refused_at: int | None = None
+        self._refused: tuple[Sequence, int] | None = None
 
     @property
     def running(self) -> int:
@@ -58,7 +59,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> Iterable[Sequence]:
-        """Every sequence in flight, oldest first."""
+        """Every sequence in flight: running, oldest first; preempted, oldest first; those that had no turn yet."""
         yield from self._running
         yield from self._waiting
 
@@ -73,7 +74,7 @@ class Scheduler:
         sequence = Sequence(request, self._arrivals, self._eos_ids, grammar)
         refuse_choiceless(request.sampling, sequence.ending, self.limits)
         self._arrivals += 1
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
         return sequence
 
     def plan(self) -> StepPlan | None:
@@ -99,6 +100,7 @@ class Scheduler:
         sampled = []
         for (sequence, row), tokens in zip(planned, result.sampled, strict=True):
             sequence.computed += len(row.tokens)
+            self._waiting.charge(sequence, len(row.tokens))
             if len(row.draws) != len(tokens):
                 raise StepMismatch("a row was sampled that should not be, or was not that should")
             self._publish(sequence)
@@ -116,20 +118,21 @@ class Scheduler:
         """Remove `sequence`, wherever it stands, for good. Its blocks become free, or cached where full."""
         if sequence.status is SequenceStatus.RUNNING:
             self._running.remove(sequence)
+            self._waiting.leave(sequence)
             self.pool.release(sequence.give_up_blocks(SequenceStatus.FINISHED))
         elif sequence.status is SequenceStatus.WAITING:
-            self._waiting.remove(sequence)
+            self._waiting.pop(sequence)
+            self._waiting.leave(sequence)
             sequence.status = SequenceStatus.FINISHED
-            self._refused_at = None
 
     def preempt_youngest(self) -> Sequence:
-        """Return the youngest running sequence to the head of the queue, without its blocks."""
+        """Put the youngest running sequence before all who wait, without its blocks."""
         sequence = self._running.pop()
         self.pool.release(sequence.give_up_blocks(SequenceStatus.WAITING))
         sequence.preemptions += 1
         self.counters.preemptions += 1
-        self._waiting.appendleft(sequence)
-        self._refused_at = None
+        self._waiting.put_back(sequence)
+        self._refused = None
         self._preempted = True
         return sequence
 
@@ -175,7 +178,7 @@ class Scheduler:
 
     def _plan_waiting(self, rows: list[RowPlan], budget: int) -> None:
         while self._waiting and budget > 0 and self.running < self.limits.max_sequences and not self._preempted:
-            sequence = self._waiting[0]
+            sequence = self._waiting.next()
             if not self._admit(sequence):
                 return
             count = min(sequence.pending, self._chunk(sequence), budget)
@@ -183,23 +186,26 @@ class Scheduler:
             self._plan_row(sequence, count, rows)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Let the head of the queue run if everything it knows so far fits; return whether it does.
+        """Let the sequence whose turn it is run if everything it knows so far fits; return whether it does.
 
         A block per running sequence is left spare, for the boundaries they are about to cross: otherwise a preempted
         sequence would come back only to be preempted again.
         """
-        if self._refused_at is not None and self.pool.available <= self._refused_at:
+        if self._refused is not None and self._refused[0] is sequence and self.pool.available <= self._refused[1]:
             return False
         hits = self._find_prefix(sequence)
         if self._would_repeat(sequence, len(hits)):
             return False
         idle = sum(1 for block in hits if self.pool.is_idle(block))
         if self.pool.available - idle < blocks_for(len(sequence.tokens)) - len(hits) + self.running:
-            self._refused_at = self.pool.available
+            self._refused = (sequence, self.pool.available)
             return False
         self.pool.share(hits)
-        self._waiting.popleft()
-        self._refused_at = None
+        self._waiting.pop(sequence)
+        self._refused = None
+        if sequence.turn is None:
+            sequence.turn = self._turns
+            self._turns += 1
         if sequence.cached_tokens is None:
             self.counters.prefix_cache_queries += sequence.prompt_length
             self.counters.prefix_cache_hits += len(hits) * BLOCK_SIZE
@@ -243,9 +249,10 @@ class Scheduler:
         return (*pool, *self._check_queues(), *self._check_tables())
 
     def _check_queues(self) -> Iterable[Finding]:
-        order = [sequence.arrival for sequence in self.sequences]
-        if order != sorted(set(order)):
-            yield Finding(Defect.QUEUE, None, "sequences do not stand in order of arrival")
+        turns = [sequence.turn for sequence in self.sequences]
+        given = [turn for turn in turns if turn is not None]
+        if given != sorted(set(given)) or turns[: len(given)] != given:
+            yield Finding(Defect.QUEUE, None, "sequences do not stand in the order of their turns")
         for expected, queue in ((SequenceStatus.RUNNING, self._running), (SequenceStatus.WAITING, self._waiting)):
             for sequence in queue:
                 if sequence.status is not expected:

@@ -42,6 +42,7 @@ class Sequence:
         "request",
         "status",
         "tokens",
+        "turn",
     )
 
     def __init__(
@@ -53,7 +54,8 @@ class Sequence:
     ) -> None:
         sampling = request.sampling
         self.request = request
-        self.arrival = arrival  # order of arrival; lower goes first
+        self.arrival = arrival  # order of arrival
+        self.turn: int | None = None  # order of first admission; lower is older; None: it had none yet
         self.tokens: list[int] = [*request.prompt, *request.forced[:-1]]  # after its last token nothing is looked for
         self.prompt_length = len(request.prompt)
         self.computed = 0  # tokens whose keys and values lie in the blocks

@@ -122,9 +122,11 @@ class EngineMachine(RuleBasedStateMachine):
         salt=st.sampled_from(SALTS),
         seed=st.integers(0, 1),
         forced=st.sampled_from([False, False, True]),
+        key=st.sampled_from("abc"),
     )
-    def add(self, stem: int, length: int, max_tokens: int, salt: bytes, seed: int, forced: bool) -> None:
+    def add(self, stem: int, length: int, max_tokens: int, salt: bytes, seed: int, forced: bool, key: str) -> None:
         request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
+        request = replace(request, fairness_key=key)
         if forced:
             request = replace(request, forced=tokens_alone(stem, length, seed)[:max_tokens])
         try:
@@ -227,6 +229,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.core.has_work
         assert self.outputs == {}
         assert self.core.scheduler.pool.used == 0
+        assert self.core.scheduler._waiting._counts == {}
 
 
 TestPool = PoolMachine.TestCase
