@@ -19,18 +19,19 @@ MODEL = ModelVersion("tiny", *("sha256:" + digit * 64 for digit in "23456"))
 
 
 class GatedRunner(PagedRunner):
-    """Lets a step through only while its gate is open; raises `failure` instead when that is set."""
+    """Lets a step through only while its gate is open, but for the first `free`; raises `failure` when that is set."""
 
     def __init__(self, block_count: int) -> None:
         super().__init__(block_count)
         self.gate = threading.Event()
         self.gate.set()
+        self.free = 0
         self.entered = threading.Event()  # a step stands at the gate, or has passed it
         self.failure: BaseException | None = None
 
     def run(self, plan: StepPlan) -> StepResult:
         self.entered.set()
-        assert self.gate.wait(30)
+        assert self.steps < self.free or self.gate.wait(30)
         if self.failure is not None:
             raise self.failure
         return super().run(plan)

@@ -102,9 +102,12 @@ async def test_a_hundred_streams_at_once_each_get_their_own_answer(closing: Clos
 
 async def test_closing_the_iterator_aborts_and_frees(closing: Closing) -> None:
     engine, runner, core = gated(closing)
+    runner.gate.clear()
+    runner.free = 3  # it would otherwise run to its end before a busy machine lets us close it
     stream = engine.generate(make_request("r", make_prompt(100), 1000))
     assert (await anext(stream)).tokens
     await stream.aclose()
+    runner.gate.set()
     await until(lambda: idle_and_sound(engine, core))
     assert engine.metrics().finished_abort == 1
     assert runner.steps < 1000
