@@ -16,13 +16,14 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from threading import Lock
 from typing import Any
 
 from engine.request import RequestRefused, Structure, StructureKind
 
 MAX_SOURCE_CHARS = 65_536
+MAX_MESSAGE_CHARS = 262_144  # of a whole message, which may hold the schemas of many functions
 MAX_CHOICES = 1_024
 MAX_CACHED = 64  # compiled grammars
 PARAM = "response_format"
@@ -109,8 +110,9 @@ class Grammars:
     def _matcher(self, structure: Structure) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
-        if len(structure.source) > MAX_SOURCE_CHARS:
-            raise RequestRefused(f"the structure is longer than {MAX_SOURCE_CHARS} characters", PARAM)
+        most = MAX_MESSAGE_CHARS if structure.kind is StructureKind.MESSAGE else MAX_SOURCE_CHARS
+        if len(structure.source) > most:
+            raise RequestRefused(f"the structure is longer than {most} characters", PARAM)
         try:
             source = _source(structure)
         except ValueError:
@@ -123,10 +125,31 @@ class Grammars:
         return matcher
 
 
+def message_source(lark: str, parts: Mapping[str, Structure]) -> str:
+    """Return the source of a MESSAGE: a Lark grammar that refers to its parts as `@name`."""
+    return json.dumps({"lark": lark, "parts": {name: [part.kind, part.source] for name, part in parts.items()}})
+
+
+def _composed(source: str) -> str:
+    message = json.loads(source)
+    parts = [_part(name, Structure(StructureKind(kind), text)) for name, (kind, text) in message["parts"].items()]
+    return json.dumps({"grammars": [{"name": "message", "lark_grammar": message["lark"]}, *parts]})
+
+
+def _part(name: str, structure: Structure) -> dict[str, Any]:
+    source = _source(structure)
+    if not source.startswith("{"):
+        return {"name": name, "lark_grammar": source}
+    (grammar,) = json.loads(source)["grammars"]
+    return {**grammar, "name": name}
+
+
 def _source(structure: Structure) -> str:
     """Return the grammar in the compiler's own form. Raises: ValueError."""
     from llguidance import LLMatcher
 
+    if structure.kind is StructureKind.MESSAGE:
+        return _composed(structure.source)
     if structure.kind is StructureKind.JSON_SCHEMA:
         # What the schema itself would set of the compiler, such as to be lenient, is overruled.
         overrides: Any = {**_JSON, "lenient": False, "coerce_one_of": False}

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from engine.dialect import Dialect
+
 MAX_SEED = 2**63 - 1
 
 
@@ -67,6 +69,7 @@ class StructureKind(StrEnum):
     REGEX = "regex"
     CHOICE = "choice"  # `source` is a JSON list of texts
     LARK = "lark"
+    MESSAGE = "message"  # thoughts, words and calls; made by dialect.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +203,19 @@ class Engine(Protocol):
     @property
     def context_length(self) -> int: ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+    @property
+    def dialect(self) -> Dialect: ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> str:
         """Return the prompt text the chat template makes of `messages`, generation prompt included.
+
+        `tools` are what the template shows the model as such, `options` further variables of the template.
 
         Raises: RequestRefused.
         """

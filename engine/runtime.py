@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.core import Emission, EngineCore
+from engine.dialect import Dialect
 from engine.grammar import Grammars, Start
 from engine.limits import refuse_impossible
 from engine.metrics import EngineMetrics
@@ -52,7 +53,16 @@ logger = logging.getLogger(__name__)
 class Codec(Protocol):
     """Text ↔ tokens, as `request.Engine` describes each method. Ours is `tokenizer.Tokenizer`."""
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str: ...
+    @property
+    def dialect(self) -> Dialect: ...
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> str: ...
 
     def encode(self, text: str, *, chat: bool) -> list[int]: ...
 
@@ -138,8 +148,18 @@ class EngineRuntime:
     def context_length(self) -> int:
         return self._limits.context_length
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
-        return self._codec.render_chat(messages)
+    @property
+    def dialect(self) -> Dialect:
+        return self._codec.dialect
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> str:
+        return self._codec.render_chat(messages, tools=tools, options=options)
 
     def encode(self, text: str, *, chat: bool) -> list[int]:
         return self._codec.encode(text, chat=chat)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.config import UnsupportedModel
+from engine.dialect import TAGS, Dialect, ToolFormat
 from engine.request import RequestRefused
 from engine.weights import WeightsError, chat_template, read_json
 
@@ -38,12 +39,15 @@ class Tokenizer:
         self._plain = _load(directory)
         self._plain.encode_special_tokens = True  # `<|im_end|>` in plain text is ten characters
         added = self._tokenizer.get_added_tokens_decoder()
+        template = chat_template(directory)
+        self.dialect = Dialect.of(template, frozenset(entry.content for entry in added.values()))
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._special = frozenset(added[token].content for token in self._special_ids)
         self._variables = {
             name: _content(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
-        self._template = _compile(chat_template(directory))
+        self._template = _compile(template)
+        self._options = _options(template) - set(self._variables)
         # A token for what the vocabulary lacks is special too, but any rare character becomes it.
         unknown = self._variables["unk_token"]
         self._control_ids = self._special_ids - {None if unknown is None else self._tokenizer.token_to_id(unknown)}
@@ -58,24 +62,52 @@ class Tokenizer:
         """The tokenizer itself, in the form of tokenizer.json."""
         return str(self._tokenizer.to_str())
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> str:
         """Return the prompt text, generation prompt included.
 
-        Raises: RequestRefused: the model has no template, the template refuses, or content spells a control token.
+        Raises: RequestRefused: the model has no template, the template refuses or does not know what it is given, or
+            content spells a control token.
         """
         if self._template is None:
             raise RequestRefused("this model has no chat template; use `/v1/completions`", param="messages")
-        if any(self._spells_control(text) for message in messages for text in _texts(message)):
-            raise RequestRefused("a message spells out a control token of the model; remove it", param="messages")
-        rendered = self._render(messages)
-        if self._controls(rendered) != self._controls(self._render([_neutral(message) for message in messages])):
+        self._refuse_unknown(messages, tools, options or {})
+        for param, values in (("messages", messages), ("tools", tools), ("chat_template_kwargs", [options or {}])):
+            if any(self._spells_control(text) for text in _texts(values)):
+                raise RequestRefused(f"`{param}` spells out a control token of the model; remove it", param=param)
+        variables = {**self._variables, "tools": list(tools) or None, "documents": None, **(options or {})}
+        rendered = self._render(messages, variables)
+        neutral = self._render([_neutral(message) for message in messages], variables)
+        if self._controls(rendered) != self._controls(neutral):
             # Pieces that are harmless alone have met in the template and spell a control token together.
             raise RequestRefused("the messages spell out a control token of the model; remove it", param="messages")
         return rendered
 
-    def _render(self, messages: Sequence[Mapping[str, object]]) -> str:
+    def _refuse_unknown(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]],
+        options: Mapping[str, object],
+    ) -> None:
+        """A template leaves out without a word what it does not know; the caller must know."""
+        if self.dialect.tools is ToolFormat.NONE:
+            if tools:
+                raise RequestRefused("this model knows no tools; leave `tools` out", param="tools")
+            if any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
+                raise RequestRefused("this model knows no tools; leave their calls and results out", param="messages")
+        for name in options:
+            if name not in self._options:
+                message = "`chat_template_kwargs` names a variable that the model's chat template does not have"
+                raise RequestRefused(message, param="chat_template_kwargs")
+
+    def _render(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object]) -> str:
         try:
-            return str(self._template.render(messages=messages, add_generation_prompt=True, **self._variables))
+            return str(self._template.render(messages=messages, add_generation_prompt=True, **variables))
         except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
             raise RequestRefused("the model's chat template refuses these messages", param="messages") from error
 
@@ -219,21 +251,51 @@ def _load(directory: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise WeightsError("`tokenizer.json` is missing in the model directory; save it with a fast tokenizer")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_str(_with_tags_as_text(path.read_text(encoding="utf-8")))
     except Exception as error:  # the library raises a bare Exception for a file it cannot read
         raise WeightsError("`tokenizer.json` of the model directory cannot be read") from error
+
+
+def _with_tags_as_text(source: str) -> str:
+    """The tags of a dialect are text that is read, whatever the vocabulary calls them."""
+    stored = json.loads(source)
+    for entry in stored.get("added_tokens", ()):
+        entry["special"] = entry["special"] and entry["content"] not in TAGS
+    return json.dumps(stored)
 
 
 def _compile(source: str) -> Any:
     if not source:
         return None
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment = _environment()
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(source)
     except TemplateError as error:
         raise UnsupportedModel("the model's chat template is not valid Jinja") from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+
+
+def _options(source: str) -> set[str]:
+    """Return the variables that a caller may set in a template.
+
+    A template is told no date: the same messages make the same prompt whenever they are rendered.
+    """
+    named = meta.find_undeclared_variables(_environment().parse(source))
+    return named - {
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "raise_exception",
+        "strftime_now",
+        "range",
+        "dict",
+    }
 
 
 def _to_json(value: object, indent: int | None = None) -> str:
@@ -259,10 +321,19 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _neutral(message: Mapping[str, object]) -> dict[str, object]:
-    """Return the message with a letter for its content; roles decide how a template renders and stay."""
-    return (
-        {**message, "content": "x"} if isinstance(message.get("content"), str) and message["content"] else {**message}
-    )
+    """Return the message with a letter for each text of its content; roles decide how a template renders and stay."""
+    free = ("content", "reasoning_content", "tool_calls")
+    return {key: _letters(value) if key in free else value for key, value in message.items()}
+
+
+def _letters(value: object) -> object:
+    if isinstance(value, str):
+        return "x" if value else ""
+    if isinstance(value, Mapping):
+        return {key: inner if key in ("type", "name") else _letters(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence):
+        return [_letters(inner) for inner in value]
+    return value
 
 
 def _content(token: Any) -> str | None:

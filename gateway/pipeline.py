@@ -21,7 +21,8 @@ from datetime import datetime
 from audit.log import AuditLog
 from audit.records import ModelEntry, Record, request_denied, request_received
 from audit.writer import LogUnavailable
-from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams
+from engine.dialect import Thinking
+from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams, Structure
 from gateway import errors, spans
 from gateway.answer import Outbox
 from gateway.bounded_reads import BoundedReads
@@ -29,6 +30,7 @@ from gateway.entries import decision_entry, guardrail_entries, limit_entries, pr
 from gateway.errors import ApiError
 from gateway.generation import Generation
 from gateway.grant import Grant, Question
+from gateway.message import structure_of
 from gateway.schemas.inference import ChatRequest, InferenceRequest
 from gateway.telemetry import Telemetry
 from policies.decision import Decision, DeniedBy, GuardrailSpec, Obligations, Reason
@@ -60,6 +62,7 @@ class Answer:
     model: str  # digest of the model version
     fingerprint: str  # digest of the numeric policy
     created: int  # Unix seconds
+    thinking: Thinking  # whether what the model says may begin with thoughts
     outbox: Outbox
 
 
@@ -154,6 +157,7 @@ class Pipeline:
             model=self._engine.model.digest,
             fingerprint=self._engine.numeric_policy,
             created=int(self._clock.now().timestamp()),
+            thinking=self._engine.dialect.thinking(grant.rendered),
             outbox=outbox,
         )
 
@@ -176,14 +180,14 @@ class Pipeline:
             raise Denied(_denial(decision), decision)
         rendered, verdicts = await self._inspect(question.request, decision, obligations)
         prompt = self._count(question.request, rendered, decision, obligations, verdicts)
-        await self._prepare(question.request, decision, verdicts)
+        structure = await self._structure(question.request, rendered, decision, verdicts)
         return Grant(
             question=question,
             decision=decision,
             obligations=obligations,
             rendered=rendered,
             prompt=prompt,
-            sampling=_sampling(question.request, obligations, room=self._engine.context_length - len(prompt)),
+            sampling=_sampling(question.request, obligations, structure, self._engine.context_length - len(prompt)),
             verdicts=verdicts,
             decided=self._clock.monotonic(),
         )
@@ -230,7 +234,9 @@ class Pipeline:
 
     def _render(self, request: InferenceRequest) -> str:
         if isinstance(request, ChatRequest):
-            return self._engine.render_chat([{"role": m.role, "content": m.text} for m in request.messages])
+            messages = [message.shown() for message in request.messages]
+            options = request.chat_template_kwargs
+            return self._engine.render_chat(messages, tools=request.shown_tools, options=options)
         return request.text
 
     def _count(
@@ -254,16 +260,18 @@ class Pipeline:
             raise Denied(error, decision, verdicts)
         return prompt
 
-    async def _prepare(self, request: InferenceRequest, decision: Decision, verdicts: tuple[Verdict, ...]) -> None:
-        """Refuse a structure that the engine cannot enforce."""
-        structure = request.structure
-        if structure is None:
-            return
-        try:
-            await self._engine.prepare(structure)
-        except RequestRefused as refused:
-            error = errors.invalid_request(str(refused), param=request.structure_field)
-            raise Denied(error, decision, verdicts) from None
+    async def _structure(
+        self, request: InferenceRequest, rendered: str, decision: Decision, verdicts: tuple[Verdict, ...]
+    ) -> Structure | None:
+        """Return what the answer must look like; what the engine cannot enforce is refused."""
+        structure = structure_of(request, self._engine.dialect, rendered)
+        if structure is not None:
+            try:
+                await self._engine.prepare(structure)
+            except RequestRefused as refused:
+                error = errors.invalid_request(str(refused), param=request.structure_field)
+                raise Denied(error, decision, verdicts) from None
+        return structure
 
     def _reserve(self, grant: Grant) -> None:
         """Reserve the prompt and the longest possible output in every bucket, or refuse."""
@@ -396,7 +404,9 @@ def _subject(question: Question) -> tuple[str, str, str]:
     return question.principal.tenant, "subject", question.principal.subject
 
 
-def _sampling(request: InferenceRequest, obligations: Obligations, room: int) -> SamplingParams:
+def _sampling(
+    request: InferenceRequest, obligations: Obligations, structure: Structure | None, room: int
+) -> SamplingParams:
     params = obligations.params
     return SamplingParams(
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -415,7 +425,7 @@ def _sampling(request: InferenceRequest, obligations: Obligations, room: int) ->
         allowed_tokens=request.allowed_tokens,
         stop_tokens=request.stop_tokens,
         min_tokens=request.min_tokens or 0,
-        structure=request.structure,
+        structure=structure,
         logprobs=request.wants_logprobs,
         top_logprobs=request.alternatives,
     )

@@ -22,6 +22,7 @@ from audit.reader import RevealedContent
 from audit.records import Json, RecordType
 from engine.replay import ReplayOutcome, force, regenerate
 from engine.request import Engine, GenerationRequest, SamplingParams
+from gateway.message import structure_of
 from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
 from gateway.strict_json import MalformedJson, parse_json
 
@@ -72,7 +73,8 @@ class Recording:
     engine: str  # numeric policy
     chat: bool
     prompt_to_model: str
-    sampling: SamplingParams  # of choice 0
+    sampling: SamplingParams  # of choice 0, without the structure: that depends on the model too
+    asked: InferenceRequest
     choices: tuple[Mapping[str, Any], ...]  # ChoiceEntry members as recorded
     tokens: tuple[tuple[int, ...], ...]  # as generated, one member a choice
 
@@ -89,13 +91,15 @@ def recording(leaves: Sequence[Leaf], content: RevealedContent) -> Recording:
         raise ReplayRefused("the content of the request is not there")
     body: Any = received.body
     chat = body["action"] == "chat.completions"
+    asked = _asked(content.prompt, chat=chat)
     return Recording(
         request_id=str(received.request),
         version=body["model"]["version"],
         engine=body["model"]["engine"],
         chat=chat,
         prompt_to_model=content.prompt_to_model.decode(),
-        sampling=_sampling(body["sampling"], _asked(content.prompt, chat=chat)),
+        sampling=_sampling(body["sampling"], asked),
+        asked=asked,
         choices=tuple(completed.body["choices"]),  # type: ignore[arg-type]
         tokens=tuple(tuple(tokens) for tokens in orjson.loads(content.output_tokens)),
     )
@@ -127,11 +131,11 @@ async def _replay_choice(
     entry, tokens = recorded.choices[position], recorded.tokens[position]
     if not entry["replay"] and tokens:
         raise ReplayRefused("a choice was cut off without a digest: there is nothing to compare its bits with")
-    sampling = recorded.sampling
+    structure = structure_of(recorded.asked, engine.dialect, recorded.prompt_to_model)
     request = GenerationRequest(
         request_id=replay_id,
         prompt=prompt,
-        sampling=replace(sampling, seed=int(entry["seed"])),
+        sampling=replace(recorded.sampling, structure=structure, seed=int(entry["seed"])),
         cache_salt=b"",  # engine/replay.py gives it one that nobody shares
         fairness_key="replay",
     )
@@ -181,7 +185,6 @@ def _sampling(stated: Mapping[str, Any], asked: InferenceRequest) -> SamplingPar
         allowed_tokens=asked.allowed_tokens,
         stop_tokens=asked.stop_tokens,
         min_tokens=stated.get("min_tokens", 0),
-        structure=asked.structure,
     )
 
 

@@ -7,7 +7,7 @@ It reads an outbox and knows nothing of how an answer comes to be. A caller that
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.request import TokenLogprob
 from gateway.answer import Event, Failure, Outbox, Piece, Usage
+from gateway.message import MessageReader
 from gateway.trail import TokenText
 
 DONE = b"data: [DONE]\n\n"
@@ -60,7 +61,16 @@ def usage_counts(usage: Usage) -> dict[str, Any]:
 class ChatRenderer:
     """`chat.completion` and `chat.completion.chunk`."""
 
-    def __init__(self, envelope: Envelope, token_text: TokenText, *, include_usage: bool, logprobs: bool) -> None:
+    def __init__(
+        self,
+        envelope: Envelope,
+        token_text: TokenText,
+        *,
+        include_usage: bool,
+        logprobs: bool,
+        readers: Sequence[MessageReader] = (),
+    ) -> None:
+        """`readers`: of each choice; none where all of the text is words."""
         self._head = {
             "id": f"chatcmpl-{envelope.request_id}",
             "created": envelope.created,
@@ -72,6 +82,7 @@ class ChatRenderer:
             self._chunk_head["usage"] = None
         self._token_text = token_text
         self._logprobs = logprobs
+        self._readers = readers
 
     def opening(self, choices: int) -> bytes:
         delta = {"role": "assistant", "content": ""}
@@ -83,11 +94,26 @@ class ChatRenderer:
     def chunk(self, piece: Piece) -> bytes:
         choice = {
             "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": self._delta(piece),
             "logprobs": self._logprob_content(piece.logprobs) if self._logprobs and piece.logprobs else None,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": self._finish_reason(piece),
         }
         return sse(self._chunk_head | {"choices": [choice]})
+
+    def _delta(self, piece: Piece) -> dict[str, Any]:
+        if self._readers:
+            return self._readers[piece.choice].delta(piece.text, last=piece.finish_reason is not None)
+        return {"content": piece.text} if piece.text else {}
+
+    def _message(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
+        text = "".join(piece.text for piece in pieces)
+        members = self._readers[index].message(text) if self._readers else {"content": text}
+        return {"role": "assistant", "refusal": None, **members}
+
+    def _finish_reason(self, piece: Piece) -> str | None:
+        if piece.finish_reason == "stop" and self._readers and self._readers[piece.choice].called:
+            return "tool_calls"
+        return piece.finish_reason
 
     def usage(self, usage: Usage) -> bytes:
         return sse(self._chunk_head | {"choices": [], "usage": usage_counts(usage)})
@@ -99,9 +125,9 @@ class ChatRenderer:
             choices.append(
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": "".join(p.text for p in pieces), "refusal": None},
+                    "message": self._message(index, pieces),
                     "logprobs": self._logprob_content(logprobs) if self._logprobs else None,
-                    "finish_reason": pieces[-1].finish_reason,
+                    "finish_reason": self._finish_reason(pieces[-1]),
                 }
             )
         body = self._head | {"object": "chat.completion", "choices": choices, "usage": usage_counts(usage)}

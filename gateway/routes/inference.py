@@ -17,6 +17,7 @@ from gateway.auth.permissions import Permission, Requirement, requires
 from gateway.error_responses import invalid_fields
 from gateway.errors import ApiError
 from gateway.grant import Question
+from gateway.message import readers_of
 from gateway.pipeline import Answer
 from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
 from gateway.state import AppState, state_of
@@ -130,5 +131,8 @@ async def _render(
 def _renderer(state: AppState, question: Question, answer: Answer) -> Renderer:
     asked = question.request
     envelope = Envelope(question.request_id, answer.created, asked.model, answer.fingerprint)
-    kind = ChatRenderer if isinstance(asked, ChatRequest) else CompletionRenderer
-    return kind(envelope, state.engine.token_text, include_usage=asked.include_usage, logprobs=asked.wants_logprobs)
+    token_text, usage, logprobs = state.engine.token_text, asked.include_usage, asked.wants_logprobs
+    if not isinstance(asked, ChatRequest):
+        return CompletionRenderer(envelope, token_text, include_usage=usage, logprobs=logprobs)
+    readers = readers_of(asked, state.engine.dialect, answer.thinking, question.request_id)
+    return ChatRenderer(envelope, token_text, include_usage=usage, logprobs=logprobs, readers=readers)

@@ -1,18 +1,18 @@
 """The bodies of `/v1/chat/completions` and `/v1/completions`: read strictly, refused by field name.
 
 A field that this version cannot honour is refused when it asks for something, and accepted when it says "nothing":
-`tools: []`, `store: false`. An unknown field is refused. Nothing is dropped
-without a word.
+`functions: []`, `store: false`. An unknown field is refused. Nothing is dropped without a word.
 
 Source: the OpenAI API reference; names and ranges are its own. `top_k`, `min_p`, `ignore_eos`, `repetition_penalty`,
-`min_tokens`, `stop_token_ids`, `allowed_token_ids` and `structured_outputs` are the extensions that vLLM established.
+`min_tokens`, `stop_token_ids`, `allowed_token_ids`, `structured_outputs`, `chat_template_kwargs` and
+`reasoning_content` are the extensions that vLLM established.
 """
 
 from __future__ import annotations
 
 import json
 from decimal import Decimal
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -26,7 +26,9 @@ from pydantic import (
     model_validator,
 )
 
+from engine.message_grammar import ToolUse
 from engine.request import Structure, StructureKind
+from gateway.schemas.tools import MAX_TOOLS, NamedTool, Tool, ToolCall, ToolChoice, tool_use
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
@@ -39,14 +41,13 @@ Penalty = Annotated[Decimal, Field(ge=-2, le=2)]
 Bias = Annotated[Decimal, Field(ge=-100, le=100)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenText = Annotated[StrictStr, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # one way to write each id
+TemplateValue = StrictBool | StrictInt | Annotated[StrictStr, Field(max_length=1024)]
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
 # Fields that would change the answer and are not honoured yet, with the values that ask for nothing. Null always does.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
-    "parallel_tool_calls": (True, False),
+    "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -54,6 +55,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "echo": (False,),
     "suffix": ("",),
 }
+_NEUTRAL_WITHOUT_CHAT: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
+_EMPTY_IN_ANSWERS = ("refusal", "audio", "annotations", "function_call", "tool_calls")
 
 
 class UnsupportedField(ValueError):
@@ -74,9 +81,31 @@ class TextPart(_Body):
 
 
 class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: StrictStr | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr | list[TextPart] | None = None
     name: StrictStr | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_call_id: Annotated[StrictStr, Field(min_length=1, max_length=64)] | None = None
+    reasoning_content: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_what_an_answer_says_beside(cls, message: Any) -> Any:
+        """Callers send an answer back as they got it, with its empty members."""
+        if not isinstance(message, dict):
+            return message
+        beside = _EMPTY_IN_ANSWERS if message.get("role") == "assistant" else ()
+        return {name: value for name, value in message.items() if value or name not in beside}
+
+    @model_validator(mode="after")
+    def _parts_belong_to_the_role(self) -> Self:
+        if self.role != "assistant" and (self.tool_calls is not None or self.reasoning_content is not None):
+            raise ValueError("`tool_calls` and `reasoning_content` stand in messages of the role `assistant`")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError("`tool_call_id` stands in every message of the role `tool`, and in no other")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("`content` is only left out beside `tool_calls`")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -87,7 +116,18 @@ class Message(_Body):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+
+    def shown(self) -> dict[str, Any]:
+        """Return what the chat template is given."""
+        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.shown() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class StreamOptions(_Body):
@@ -169,15 +209,17 @@ class _InferenceBody(_Body):
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
     metadata: dict[str, str] | None = None
 
+    _neutral: ClassVar[dict[str, tuple[object, ...]]] = _NEUTRAL
+
     @model_validator(mode="before")
     @classmethod
     def _accept_neutral_fields(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
         kept = dict(body)
-        for name in _NEUTRAL.keys() & kept.keys():
+        for name in cls._neutral.keys() & kept.keys():
             value = kept.pop(name)
-            if value is not None and value not in _NEUTRAL[name]:
+            if value is not None and value not in cls._neutral[name]:
                 raise UnsupportedField(name)
         return kept
 
@@ -228,8 +270,8 @@ class _InferenceBody(_Body):
         return tuple(sorted(set(self.allowed_token_ids or ())))
 
     @property
-    def structure(self) -> Structure | None:
-        """What the whole answer must look like."""
+    def form(self) -> Structure | None:
+        """What the words of the answer must look like."""
         if self.structured_outputs is not None:
             return self.structured_outputs.structure
         if self.response_format is None or self.response_format.type == "text":
@@ -240,8 +282,13 @@ class _InferenceBody(_Body):
 
     @property
     def structure_field(self) -> str:
-        """The field that asked for it."""
+        """The field that asked for a structure."""
         return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may call."""
+        return None
 
     @property
     def include_usage(self) -> bool:
@@ -253,14 +300,50 @@ class ChatRequest(_InferenceBody):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+    chat_template_kwargs: Annotated[dict[StrictStr, TemplateValue], Field(max_length=16)] | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _names_are_unique(cls, tools: list[Tool] | None) -> list[Tool] | None:
+        names = [tool.function.name for tool in tools or ()]
+        if len(set(names)) != len(names):
+            raise ValueError("two of the `tools` have one name")
+        return tools
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _a_choice_is_among_the_tools(cls, choice: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        names = [tool.function.name for tool in info.data.get("tools") or ()]
+        wanted = choice.function.name in names if isinstance(choice, NamedTool) else bool(names)
+        if choice not in (None, "none", "auto") and not wanted:
+            raise ValueError("`tool_choice` asks for a function that is not among the `tools`")
+        return choice
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
+        if self.tool_use is not None and self.structured_outputs is not None:
+            raise ValueError("`structured_outputs` and `tools` say two things; give one")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("`top_logprobs` is only allowed with `logprobs`")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("give `max_completion_tokens` or `max_tokens`, not both")
         return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        return tool_use(self.tools or [], self.tool_choice, parallel=self.parallel_tool_calls is not False)
+
+    @property
+    def structure_field(self) -> str:
+        return super().structure_field if self.tool_use is None else "tools"
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """What the chat template shows the model; nothing where it may call nothing."""
+        return [tool.shown() for tool in self.tools or ()] if self.tool_use is not None else []
 
     @property
     def token_limit(self) -> int | None:
@@ -277,6 +360,8 @@ class ChatRequest(_InferenceBody):
 
 
 class CompletionRequest(_InferenceBody):
+    _neutral: ClassVar[dict[str, tuple[object, ...]]] = _NEUTRAL | _NEUTRAL_WITHOUT_CHAT
+
     prompt: StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=1)]
     logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
 

@@ -6,9 +6,11 @@ Ids above 257 stand for no bytes at all, so that a runner with a larger vocabula
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 
+from engine.dialect import Dialect, ToolFormat
 from engine.grammar import Grammars
 from engine.request import RequestRefused, SamplingParams
 
@@ -19,11 +21,22 @@ BOS = 257
 class ByteTokenizer:
     eos_ids = frozenset({EOS})
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+    def __init__(self, dialect: Dialect | None = None) -> None:
+        self.dialect = dialect or Dialect()
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> str:
         if not messages:
             raise RequestRefused("`messages` must not be empty", "messages")
-        turns = [f"<{message['role']}>{message['content']}" for message in messages]
-        return "".join(turns) + "<assistant>"
+        if tools and self.dialect.tools is ToolFormat.NONE:
+            raise RequestRefused("this model knows no tools; leave `tools` out", "tools")
+        shown = f"<tools>{json.dumps(list(tools))}" if tools else ""
+        return shown + "".join(map(_turn, messages)) + "<assistant>"
 
     def encode(self, text: str, *, chat: bool) -> list[int]:
         return ([] if chat else [BOS]) + list(text.encode())
@@ -33,6 +46,11 @@ class ByteTokenizer:
 
     def token_text(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
+
+
+def _turn(message: Mapping[str, object]) -> str:
+    calls = f"<calls>{json.dumps(message['tool_calls'])}" if message.get("tool_calls") else ""
+    return f"<{message['role']}>{message['content']}{calls}"
 
 
 class ByteDetokenizer:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.core import EngineCore
+from engine.dialect import Dialect
 from engine.grammar import Grammars
 from engine.plan import StepPlan, StepResult
 from engine.request import ModelVersion
@@ -44,6 +45,7 @@ def make_runtime(
     kind: type[EngineRuntime] = EngineRuntime,
     clock: Callable[[], float] | None = None,
     grammars: Grammars | None = None,
+    dialect: Dialect | None = None,
 ) -> EngineRuntime:
     options: dict[str, Any] = {"grammars": grammars} if clock is None else {"grammars": grammars, "clock": clock}
-    return kind(core, ByteTokenizer(), MODEL, POLICY, times=times, **options)
+    return kind(core, ByteTokenizer(dialect), MODEL, POLICY, times=times, **options)

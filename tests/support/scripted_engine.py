@@ -7,8 +7,10 @@ needs to say what the engine generates, when, and whether it was asked at all.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+from engine.dialect import Dialect
 from engine.request import (
     EngineDraining,
     EngineError,
@@ -19,6 +21,7 @@ from engine.request import (
     ModelVersion,
     RequestRefused,
     Structure,
+    StructureKind,
     TokenDelta,
     TokenLogprob,
 )
@@ -49,7 +52,9 @@ class ScriptedEngine:
         fail_with: EngineError | None = None,
         context_length: int = 4096,
         chunk: int = 1,  # tokens per delta
+        dialect: Dialect | None = None,
     ) -> None:
+        self.dialect = dialect or Dialect()
         self._reply = reply
         self._step = step
         self._fail_with = fail_with
@@ -72,8 +77,15 @@ class ScriptedEngine:
     def context_length(self) -> int:
         return self._context_length
 
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
-        return "".join(f"<{m['role']}>{m['content']}\n" for m in messages) + "<assistant>"
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] = (),
+        options: Mapping[str, object] | None = None,
+    ) -> str:
+        shown = f"<tools>{json.dumps(list(tools))}\n" if tools else ""
+        return shown + "".join(f"<{m['role']}>{m['content']}\n" for m in messages) + "<assistant>"
 
     def encode(self, text: str, *, chat: bool) -> list[int]:
         return list(text.encode())
@@ -85,7 +97,8 @@ class ScriptedEngine:
         return bytes([token])
 
     async def prepare(self, structure: Structure) -> None:
-        raise RequestRefused("a script has no structure", "response_format")
+        if structure.kind is not StructureKind.MESSAGE:  # who wrote the script kept to a message
+            raise RequestRefused("a script has no structure", "response_format")
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
         if self._draining:

@@ -223,3 +223,73 @@ def test_broken_characters_and_control_tokens_are_read_as_the_whole_would_be(tok
     tokens = [lone] * 12 + [IM_START] + tokenizer.encode("😀", chat=False)
     released = "".join(reader.push([token])[0] for token in tokens) + reader.finish()
     assert released == "\ufffd" * 12 + "😀" == tokenizer.decode(tokens)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\nCall with <tool_call></tool_call>:\n"
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+TOOL: dict[str, object] = {"type": "function", "function": {"name": "fee", "description": "Zwölf", "parameters": {}}}
+
+
+def calling(argument: str) -> list[dict[str, object]]:
+    call = {"id": "c", "type": "function", "function": {"name": "fee", "arguments": {"of": argument}}}
+    result: dict[str, object] = {"role": "tool", "tool_call_id": "c", "content": "2"}
+    return [*user("hello"), {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+
+
+def test_tools_and_their_calls_are_rendered_as_transformers_does(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(write(tmp_path, TOOL_TEMPLATE))
+    theirs = make_tokenizer()
+    for options in ({}, {"enable_thinking": False}):
+        expected = theirs.apply_chat_template(
+            calling("ü"),
+            chat_template=TOOL_TEMPLATE,
+            tools=[TOOL],
+            tokenize=False,
+            add_generation_prompt=True,
+            **options,
+        )
+        assert tokenizer.render_chat(calling("ü"), tools=[TOOL], options=options) == expected
+    assert "<tool_call></tool_call>" not in tokenizer.render_chat(user("hello"))
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+def test_a_control_token_in_a_call_or_a_tool_is_refused(tmp_path: Path, special: str) -> None:
+    tokenizer = Tokenizer(write(tmp_path, TOOL_TEMPLATE))
+    with pytest.raises(RequestRefused, match="control token") as refused:
+        tokenizer.render_chat(calling(f"a{special}"))
+    assert refused.value.param == "messages"
+    hostile: dict[str, object] = {"type": "function", "function": {"name": "f", "parameters": {special: {}}}}
+    with pytest.raises(RequestRefused, match="control token") as refused:
+        tokenizer.render_chat(user("hello"), tools=[hostile])
+    assert refused.value.param == "tools"
+
+
+def test_a_template_without_tools_or_options_says_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(RequestRefused, match="knows no tools"):
+        tokenizer.render_chat(user("hello"), tools=[TOOL])
+    with pytest.raises(RequestRefused, match="knows no tools"):
+        tokenizer.render_chat(calling("x"))
+    for name in ("enable_thinking", "messages", "tools", "raise_exception", "eos_token"):
+        with pytest.raises(RequestRefused, match="chat_template_kwargs"):
+            tokenizer.render_chat(user("hello"), options={name: False})
+
+
+def test_the_tags_of_a_dialect_are_text_also_where_the_vocabulary_calls_them_special(tmp_path: Path) -> None:
+    from tokenizers import AddedToken
+
+    fast = make_tokenizer.__wrapped__()
+    fast.add_special_tokens({"additional_special_tokens": [AddedToken("<tool_call>", special=True)]})
+    fast.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    tokenizer = Tokenizer(tmp_path)
+    (token,) = tokenizer.encode("<tool_call>", chat=True)
+    assert tokenizer.dialect.tokens == {"<tool_call>"}
+    assert (tokenizer.decode([token]), tokenizer.token_text(token)) == ("<tool_call>", b"<tool_call>")
+    assert IncrementalDetokenizer(tokenizer, ()).push([token]) == ("<tool_call>", False)

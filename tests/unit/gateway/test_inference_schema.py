@@ -39,10 +39,8 @@ def test_null_asks_for_nothing_wherever_it_stands() -> None:
 @pytest.mark.parametrize(
     ("name", "neutral", "asking"),
     [
-        ("tools", [], [{"type": "function"}]),
-        ("tool_choice", "auto", "required"),
         ("functions", [], [{}]),
-        ("parallel_tool_calls", True, "yes"),
+        ("function_call", "auto", {"name": "f"}),
         ("modalities", ["text"], ["audio"]),
         ("store", False, True),
         ("service_tier", "default", "flex"),
