@@ -101,7 +101,8 @@ class EngineCore:
             if sequence.drawn == len(tokens):  # the first
                 self._prompt_tokens += sequence.prompt_length
             self._generation_tokens += len(tokens)
-            delta = generation.accept(tokens, now)
+            pooled = sequence.pooled if sequence.request.pooling is not None else None
+            delta = generation.accept(tokens, now) if pooled is None else generation.embed(pooled, now)
             failure = None
             if delta.finish_reason is not None:
                 self._end(generation, delta.finish_reason)

@@ -5,9 +5,12 @@ Knows nothing of blocks or steps. Time is handed in, in seconds of any clock tha
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+from engine.pooling import embedding
 from engine.replay import ReplayDigest
 from engine.request import FinishReason, GenerationStats, SamplingParams, TokenDelta, TokenLogprob
 from engine.sequence import Sequence as TokenSequence
@@ -64,9 +67,14 @@ class Generation:
         text, reason = self._compare() if self.sequence.request.forced else self._read(sampled[0].token)
         tokens = tuple(one.token for one in sampled)
         logprobs = tuple(sampled) if self.sequence.request.sampling.logprobs else ()
-        if reason is None:
-            return TokenDelta(text, tokens, logprobs)
-        return TokenDelta(text, tokens, logprobs, reason, self._stats(now))
+        scored = tuple(self.sequence.scored) if self.sequence.drawn == len(sampled) else ()  # with the first
+        return TokenDelta(text, tokens, logprobs, reason, self._stats(now) if reason is not None else None, scored)
+
+    def embed(self, pooled: bytes, now: float) -> TokenDelta:
+        """Return the one delta of a request for a vector."""
+        vector = embedding(pooled)
+        stats = replace(self._stats(now), replay_digest=hashlib.sha256(vector).hexdigest())
+        return TokenDelta("", (), (), FinishReason.STOP, stats, embedding=vector)
 
     def abort(self, now: float) -> TokenDelta:
         """Return the closing delta of a request that is cut short: the text held back, and no token."""

@@ -64,6 +64,7 @@ def refuse_impossible(request: GenerationRequest, limits: EngineLimits, block_co
     refuse_sampling(request.sampling)
     _refuse_token_ids(request.sampling, limits)
     _refuse_forced(request, limits)
+    _require(not (request.forced and request.pooling), "forced", "left out where a vector is wanted")
     total = min(len(request.prompt) + request.sampling.max_tokens, limits.context_length)
     # The last token is sampled but never computed on, so it takes no slot.
     if blocks_for(total - 1) > block_count:
@@ -88,6 +89,8 @@ def refuse_sampling(sampling: SamplingParams) -> None:
     _require(0 <= sampling.min_p <= 1 and math.isfinite(sampling.min_p), "min_p", "between 0 and 1")
     _require(0 <= sampling.top_logprobs <= MAX_TOP_LOGPROBS, "top_logprobs", f"between 0 and {MAX_TOP_LOGPROBS}")
     _require(sampling.logprobs or sampling.top_logprobs == 0, "top_logprobs", "0 unless `logprobs` is set")
+    wanted = sampling.prompt_logprobs
+    _require(wanted is None or 0 <= wanted <= MAX_TOP_LOGPROBS, "prompt_logprobs", f"between 0 and {MAX_TOP_LOGPROBS}")
     _require(len(sampling.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings")
     _refuse_adjustments(sampling)
     _refuse_contradiction(sampling)

@@ -17,7 +17,8 @@ from torch import Tensor
 from engine.config import EngineStartError
 from engine.logprobs import log_softmax, token_logprob
 from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs
-from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Draw, Reading, RowPlan, StepPlan, StepResult
+from engine.pooling import pool
 from engine.request import TokenLogprob
 from engine.sampler import sample
 from kernels import paged_attention
@@ -94,8 +95,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        logits = self._decoder.forward(self._inputs(plan.rows), self.caches)
-        return StepResult(_sample(plan.rows, logits))
+        hidden = self._decoder.hidden(self._inputs(plan.rows), self.caches)
+        logits = self._decoder.logits(hidden[_looked_at(plan.rows)])
+        return StepResult(*_look(plan.rows, logits, hidden))
 
     def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
         lengths = torch.tensor([len(row.tokens) for row in rows])
@@ -117,25 +119,34 @@ class ModelRunner:
                 BLOCK_SIZE,
                 zero_slot=self._block_count * BLOCK_SIZE,
             ),
-            sampled=_drawn_after(rows),
         )
 
 
-def _drawn_after(rows: Sequence[RowPlan]) -> Tensor:
-    """Return which of the step's tokens are sampled after, [draws], row by row."""
+def _looked_at(rows: Sequence[RowPlan]) -> Tensor:
+    """Return after which of the step's tokens the vocabulary is looked at, [R]: row by row, draws before scores."""
     first, indices = 0, []
     for row in rows:
-        indices += [first + draw.offset for draw in row.draws]
+        indices += [first + draw.offset for draw in row.draws] + [first + score.offset for score in row.scores]
         first += len(row.tokens)
     return torch.tensor(indices, dtype=torch.int64)
 
 
-def _sample(rows: Sequence[RowPlan], logits: Tensor) -> tuple[tuple[TokenLogprob, ...], ...]:
-    """Return the tokens of every row's draws from the logits of all draws, [draws, V]."""
+def _look(
+    rows: Sequence[RowPlan], logits: Tensor, hidden: Tensor
+) -> tuple[tuple[tuple[TokenLogprob, ...], ...], tuple[Reading, ...]]:
+    """Return what was sampled and what was read of every row, from the logits [R, V] and the hidden states [T, H]."""
     logprobs = log_softmax(logits)
     scores = logits.numpy()
     at = iter(range(len(logits)))
-    return tuple(tuple(_draw(row, draw, scores, logprobs, next(at)) for draw in row.draws) for row in rows)
+    sampled, readings, first = [], [], 0
+    for row in rows:
+        sampled.append(tuple(_draw(row, draw, scores, logprobs, next(at)) for draw in row.draws))
+        alternatives = row.sampling.prompt_logprobs or 0
+        scored = tuple(token_logprob(logprobs[next(at)], score.token, alternatives) for score in row.scores)
+        states = hidden[first : first + len(row.tokens)]
+        readings.append(Reading(scored, pool(row.pool, states.float().numpy()) if row.pool is not None else None))
+        first += len(row.tokens)
+    return tuple(sampled), tuple(readings)
 
 
 def _draw(row: RowPlan, draw: Draw, scores: npt.NDArray[np.float32], logprobs: Tensor, index: int) -> TokenLogprob:

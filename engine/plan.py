@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.request import SamplingParams, TokenLogprob
+from engine.request import Pooling, SamplingParams, TokenLogprob
 
 BLOCK_SIZE = 16  # tokens per KV block
 
@@ -50,6 +50,22 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """A token of the prompt whose log-probability is wanted: the one that follows the row's token at `offset`."""
+
+    offset: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Hidden states of the row that are wanted: of its last token, or added up over all of them."""
+
+    pooling: Pooling
+    before: bytes | None  # MEAN: the sums of the tokens before the row, [hidden size] float64; None: there are none
+
+
+@dataclass(frozen=True, slots=True)
 class RowPlan:
     """One sequence's share of a step: compute `tokens` at positions `start` … `start + len(tokens) − 1`.
 
@@ -62,6 +78,8 @@ class RowPlan:
     block_table: tuple[int, ...]
     sampling: SamplingParams
     draws: tuple[Draw, ...]  # by offset; none: a chunk of a prompt; one: its end, or a decode; many: a forced output
+    scores: tuple[Score, ...] = ()  # by offset
+    pool: Pool | None = None
 
     def position(self, draw: Draw) -> int:
         """Return the absolute position of the token to be sampled: its noise is of (seed, position)."""
@@ -82,10 +100,20 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    """What a row showed of the text it read."""
+
+    scored: tuple[TokenLogprob, ...] = ()  # one for each of its scores
+    pooled: bytes | None = None  # as its pool asks, [hidden size] float64, little-endian
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """`sampled[i]` belongs to `plan.rows[i]`: a token for each of its draws."""
+    """`sampled[i]` belongs to `plan.rows[i]`: a token for each of its draws. So does `readings[i]`; where no row of the
+    plan has scores or a pool, there need be none."""
 
     sampled: tuple[tuple[TokenLogprob, ...], ...]
+    readings: tuple[Reading, ...] = ()
 
 
 class Runner(Protocol):

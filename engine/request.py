@@ -64,6 +64,13 @@ class FinishReason(StrEnum):
     ABORT = "abort"  # the caller aborted
 
 
+class Pooling(StrEnum):
+    """How the hidden states of a text become one vector, of length 1."""
+
+    MEAN = "mean"  # of all tokens
+    LAST = "last"  # of the last token
+
+
 class StructureKind(StrEnum):
     JSON_SCHEMA = "json_schema"  # `source` is the schema, JSON text
     REGEX = "regex"
@@ -103,6 +110,7 @@ class SamplingParams:
     structure: Structure | None = None  # not with ignore_eos, min_tokens or allowed_tokens, which contradict it
     logprobs: bool = False
     top_logprobs: int = 0  # 0 … 20, only with logprobs
+    prompt_logprobs: int | None = None  # 0 … 20 alternatives beside each token of the prompt but the first; None: none
 
     @property
     def looks_back(self) -> bool:
@@ -120,6 +128,8 @@ class GenerationRequest:
     # An output to go through instead of generating one, at most `max_tokens` long. For every position the deltas tell
     # which token would have been sampled after the ones before it, and its logprob; they bring no text. See replay.py.
     forced: tuple[int, ...] = ()
+    # Instead of generating: the vector of the prompt. `sampling` is looked at no further; the one delta brings no text.
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +150,7 @@ class GenerationStats:
     queued_s: float
     first_token_s: float  # seconds from arrival to the first token
     total_s: float
-    replay_digest: str  # hex SHA-256, rolling over (token id ‖ logprob float32 bits) per output position
+    replay_digest: str  # hex SHA-256, rolling over (token id ‖ logprob float32 bits) per output position; of a vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +166,8 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first token: of every token of the prompt but the first
+    embedding: bytes | None = None  # [hidden size] float32, little-endian
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,13 @@ from engine.blocks import BlockPool, Defect, Finding
 from engine.grammar import GrammarState
 from engine.limits import EngineLimits, blocks_for, refuse_choiceless, refuse_impossible
 from engine.metrics import SchedulerCounters
-from engine.plan import BLOCK_SIZE, RowPlan, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Reading, RowPlan, StepPlan, StepResult
 from engine.request import EngineOverloaded, GenerationRequest, TokenLogprob
 from engine.sequence import Sequence, SequenceStatus
 from engine.waiting import WaitingQueue
 
-FORCED_CHUNK = 128  # tokens of one sequence a step
+LOOKED_AT_CHUNK = 128  # tokens of one sequence a step, where each is followed by a look at all it might have been
+NOTHING_READ = Reading()
 
 
 class StepMismatch(Exception):
@@ -90,7 +91,8 @@ class Scheduler:
         return StepPlan(tuple(rows)) if rows else None
 
     def commit(self, result: StepResult) -> list[tuple[Sequence, tuple[TokenLogprob, ...]]]:
-        """Take note of a step carried out; return which sequence got which tokens, in row order.
+        """Take note of a step carried out; return which sequence got which tokens, in row order, and without any, whose
+        prompt was pooled.
 
         Each of them must then be continued (by doing nothing) or handed to `finish`.
         """
@@ -98,15 +100,19 @@ class Scheduler:
         if len(result.sampled) != len(planned):
             raise StepMismatch(f"{len(planned)} rows were planned, {len(result.sampled)} answered")
         sampled = []
-        for (sequence, row), tokens in zip(planned, result.sampled, strict=True):
+        readings = result.readings or (NOTHING_READ,) * len(planned)
+        for (sequence, row), tokens, reading in zip(planned, result.sampled, readings, strict=True):
             sequence.computed += len(row.tokens)
             self._waiting.charge(sequence, len(row.tokens))
             if len(row.draws) != len(tokens):
                 raise StepMismatch("a row was sampled that should not be, or was not that should")
+            if len(row.scores) != len(reading.scored) or (row.pool is None) != (reading.pooled is None):
+                raise StepMismatch("a row was read that should not be, or was not that should")
             self._publish(sequence)
+            sequence.read(reading)
             for token in tokens:
                 sequence.take(token.token)
-            if tokens:
+            if tokens or sequence.pooled is not None:
                 sampled.append((sequence, tokens))
         return sampled
 
@@ -153,9 +159,10 @@ class Scheduler:
         return budget
 
     def _chunk(self, sequence: Sequence) -> int:
-        """Return the most tokens of `sequence` in one step. After each of a forced output's the whole vocabulary is
-        looked at."""
-        return min(self.limits.chunk_tokens, FORCED_CHUNK) if sequence.request.forced else self.limits.chunk_tokens
+        """Return the most tokens of `sequence` in one step. Where the whole vocabulary is looked at after each of them
+        they are fewer."""
+        looked_at = sequence.request.forced or sequence.request.sampling.prompt_logprobs is not None
+        return min(self.limits.chunk_tokens, LOOKED_AT_CHUNK) if looked_at else self.limits.chunk_tokens
 
     def _plan_row(self, sequence: Sequence, count: int, rows: list[RowPlan]) -> bool:
         """Plan `count` tokens of a running sequence; return False if it had to be preempted itself.

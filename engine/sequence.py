@@ -14,8 +14,8 @@ from enum import StrEnum
 from engine.blocks import chain_key, root_key
 from engine.grammar import GrammarState
 from engine.limits import blocks_for
-from engine.plan import BLOCK_SIZE, Draw, PastTokens, RowPlan
-from engine.request import GenerationRequest
+from engine.plan import BLOCK_SIZE, Draw, PastTokens, Pool, Reading, RowPlan, Score
+from engine.request import GenerationRequest, Pooling, TokenLogprob
 
 
 class SequenceStatus(StrEnum):
@@ -31,6 +31,7 @@ class Sequence:
         "_grammar",
         "_keys",
         "_past",
+        "_pooled",
         "arrival",
         "cached_tokens",
         "computed",
@@ -40,6 +41,7 @@ class Sequence:
         "prompt_length",
         "published",
         "request",
+        "scored",
         "status",
         "tokens",
         "turn",
@@ -70,6 +72,8 @@ class Sequence:
         self._keys: list[bytes] = []  # of the leading full blocks, as far as anyone asked
         self._past = PastTokens(request.prompt) if sampling.looks_back else None
         self._grammar = grammar  # where the output stands in its structure
+        self.scored: list[TokenLogprob] = []  # of the prompt's tokens from the second on
+        self._pooled: bytes | None = None  # of the tokens computed so far
 
     def take(self, token: int) -> None:
         """Take up a token that was sampled. Of a forced output the next one is known, whatever was sampled."""
@@ -83,6 +87,17 @@ class Sequence:
         if self._grammar is not None and token not in self.ending:
             self._grammar.take(token)
 
+    def read(self, reading: Reading) -> None:
+        """Take up what a step showed of the prompt."""
+        self.scored.extend(reading.scored)
+        if reading.pooled is not None:
+            self._pooled = reading.pooled
+
+    @property
+    def pooled(self) -> bytes | None:
+        """What was pooled of the whole prompt; None while there is more of it."""
+        return self._pooled if self.pending == 0 else None
+
     @property
     def failed(self) -> bool:
         """Whether nothing more can be sampled: the grammar met a bound."""
@@ -90,7 +105,11 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """Return how many leading tokens may come from the cache: what is yet to be sampled from must be computed."""
+        """Return how many leading tokens may come from the cache: what is yet to be looked at must be computed."""
+        if self.request.pooling is Pooling.MEAN:
+            return 0
+        if self.request.sampling.prompt_logprobs is not None and len(self.scored) < self.prompt_length - 1:
+            return len(self.scored)
         return self.prompt_length + self.drawn - 1 if self.request.forced else len(self.tokens) - 1
 
     @property
@@ -138,6 +157,7 @@ class Sequence:
         """Leave RUNNING for `status`; return the blocks held so far, for release."""
         blocks, self._blocks, self._block_table = self._blocks, [], ()
         self.computed = self.published = 0
+        self._pooled = None
         self.status = status
         return blocks
 
@@ -149,12 +169,32 @@ class Sequence:
         tokens = (self.tokens[-1],) if count == self.pending == 1 else self._next(count)
         if self.request.forced:
             draws = self._forced_draws(count)
-        elif self.computed + count < len(self.tokens):
+        elif self.request.pooling is not None or self.computed + count < len(self.tokens):
             draws = ()
         else:
             mask = self._grammar.mask if self._grammar is not None else None
             draws = (Draw(count - 1, self._past, self._banned(self.drawn), mask),)
-        return RowPlan(tokens, self.computed, self.block_table, self.request.sampling, draws)
+        return RowPlan(
+            tokens,
+            self.computed,
+            self.block_table,
+            self.request.sampling,
+            draws,
+            self._scores(count) if self.request.sampling.prompt_logprobs is not None else (),
+            self._pool(count),
+        )
+
+    def _scores(self, count: int) -> tuple[Score, ...]:
+        """Return the tokens of the prompt that are looked for after the next `count`, and were not yet."""
+        first = max(self.computed + 1, len(self.scored) + 1)
+        after = range(first, min(self.computed + count + 1, self.prompt_length))
+        return tuple(Score(index - 1 - self.computed, self.tokens[index]) for index in after)
+
+    def _pool(self, count: int) -> Pool | None:
+        pooling = self.request.pooling
+        if pooling is None or (pooling is Pooling.LAST and count < self.pending):
+            return None
+        return Pool(pooling, self._pooled)
 
     def _next(self, count: int) -> tuple[int, ...]:
         return tuple(self.tokens[self.computed : self.computed + count])

@@ -189,7 +189,6 @@ class StepInputs:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64  where each token's key and value go
     attention: AttentionPlan
-    sampled: Tensor  # [R] int64  which tokens' logits are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +229,8 @@ class Decoder:
         angles = torch.arange(config.max_position_embeddings).float()[:, None] * inverse_frequencies(config)
         self._cos, self._sin = angles.cos(), angles.sin()
 
-    def forward(self, inputs: StepInputs, caches: list[KVCache]) -> Tensor:
-        """Return the logits of the sampled tokens, [R, V] float32; keys and values are stored on the way."""
+    def hidden(self, inputs: StepInputs, caches: list[KVCache]) -> Tensor:
+        """Return the hidden states, [T, H]; keys and values are stored on the way."""
         epsilon = self.config.rms_norm_eps
         cos, sin = self._cos[inputs.positions], self._sin[inputs.positions]
         residual = F.embedding(inputs.tokens, self._embedding)
@@ -243,10 +242,13 @@ class Decoder:
             last = index + 1 == len(self._layers)
             weight = self._norm if last else self._layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed, residual, weight, epsilon)
-        wanted = normed[inputs.sampled]
-        if wanted.shape[0] == 0:  # a chunk of a long prompt by itself: only keys and values were wanted
-            return wanted.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        return self._linear(wanted, self._head, None).float()
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [R, V] float32 of hidden states [R, H]."""
+        if hidden.shape[0] == 0:  # a chunk of a long prompt by itself: only keys and values were wanted
+            return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+        return self._linear(hidden, self._head, None).float()
 
     def _attention(
         self, layer: Layer, normed: Tensor, inputs: StepInputs, cache: KVCache, cos: Tensor, sin: Tensor

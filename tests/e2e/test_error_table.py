@@ -210,7 +210,7 @@ def test_a_parameter_that_the_policy_rejects_is_named(gateway: RunningGateway) -
         ({"top_logprobs": 3}, None),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"logit_bias": {"a word": 1}}, "logit_bias"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "x", "name": "Mia"}]}, "messages.0.name"),

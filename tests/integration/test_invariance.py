@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.core import EngineCore
-from engine.request import GenerationRequest
+from engine.request import GenerationRequest, Pooling
 from tests.support.engine_core import Output, make_request, run_all
 from tests.support.model_engine import MOST_ROWS, load_model, model_core
 from tests.support.tiny_models import VOCABULARY
@@ -134,6 +134,41 @@ def test_going_through_a_recorded_output_gives_the_bits_of_generating_it(directo
     beside = others(7)
     outputs = run_all(core, [*beside[:3], *again, *beside[3:]], before_step=preempt, check=False)
     assert_as_alone(directory, outputs)
+
+
+def read(length: int, name: str, pooling: Pooling | None) -> GenerationRequest:
+    """Asked for the vector of a prompt, or for the log-probabilities of its tokens."""
+    request = make_request(name, prompt(length), 1, seed=length, prompt_logprobs=None if pooling else 5)
+    return replace(request, pooling=pooling)
+
+
+@cache
+def read_alone(directory: Path, length: int, pooling: Pooling | None) -> tuple[object, ...]:
+    return shown(run_all(model_core(load_model(directory)), [read(length, "r", pooling)])["r"])
+
+
+def shown(output: Output) -> tuple[object, ...]:
+    assert output.stats is not None
+    return output.embedding, output.prompt_logprobs, output.stats.replay_digest
+
+
+@pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.LAST, None])
+@pytest.mark.parametrize("chunk", [16, 100, UNBOUNDED])
+def test_what_is_read_of_a_prompt_depends_on_nothing_else(directory: Path, pooling: Pooling | None, chunk: int) -> None:
+    def preempt(core: EngineCore, step: int) -> None:
+        if step % 3 == 2 and chunk == 16:
+            core.scheduler.preempt_youngest()
+
+    core = model_core(load_model(directory), 1024, chunk_tokens=chunk, token_budget=200)
+    run_all(core, [ask(length) for length in LENGTHS])  # and its blocks are cached
+    beside = others(7)
+    reads = [read(length, f"read-{length}", pooling) for length in LENGTHS]
+    outputs = run_all(core, [*beside[:3], *reads, *beside[3:]], before_step=preempt)
+    for length in LENGTHS:
+        output = outputs[f"read-{length}"]
+        assert shown(output) == read_alone(directory, length, pooling)
+        assert [one.token for one in output.prompt_logprobs] == ([] if pooling else prompt(length)[1:])
+        assert (output.embedding is None) == (pooling is None)
 
 
 def test_preemption_with_an_evicted_cache_changes_no_bit(directory: Path) -> None:

@@ -7,7 +7,7 @@ reference's best two logits are closer than that loss, and only there is a diffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.request import Pooling
 from tests.support.engine_core import make_request, run_all
 from tests.support.model_engine import load_model, logits_of, model_core
 from tests.support.tiny_models import FAMILIES, VOCABULARY
@@ -104,3 +105,30 @@ def assert_greedy(other: Reference, prompt: list[int], output: list[int]) -> Non
     for position, token in enumerate(output, len(prompt) - 1):
         behind = float(exact[position].max() - exact[position, token])
         assert behind <= 2 * loss
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_vectors_and_log_probabilities_of_a_prompt_are_those_of_the_model(
+    family: str, tiny_models: dict[str, Path]
+) -> None:
+    other = reference(tiny_models[family])
+    for length in (2, 17, 300):
+        prompt = prompt_of(length)
+        with torch.inference_mode():
+            answer = other.exact(torch.tensor([prompt]), output_hidden_states=True)
+            rounded = other.rounded(torch.tensor([prompt])).logits[0].float()
+        states, logits = answer.hidden_states[-1][0].double(), answer.logits[0]
+        for pooling, wanted in ((Pooling.MEAN, states.mean(dim=0)), (Pooling.LAST, states[-1])):
+            request = replace(make_request("r", prompt, 1), pooling=pooling)
+            vector = run_all(model_core(load_model(tiny_models[family]), chunk_tokens=64), [request])["r"].embedding
+            assert vector is not None
+            ours = torch.frombuffer(bytearray(vector), dtype=torch.float32).double()
+            assert abs(float(ours.norm()) - 1) < 1e-6
+            assert float(ours @ wanted / wanted.norm()) > 0.999
+        request = make_request("r", prompt, 1, prompt_logprobs=3)
+        scored = run_all(model_core(load_model(tiny_models[family]), chunk_tokens=64), [request])["r"].prompt_logprobs
+        exact, tolerance = torch.log_softmax(logits, dim=-1), float((rounded - logits).abs().max())
+        assert [one.token for one in scored] == prompt[1:]
+        for position, one in enumerate(scored):
+            assert abs(one.logprob - float(exact[position, one.token])) < 2 * tolerance
+            assert [rank for _, rank in one.top] == sorted((rank for _, rank in one.top), reverse=True)

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.blocks import BlockPool
 from engine.core import EngineCore
 from engine.plan import BLOCK_SIZE
-from engine.request import EngineOverloaded, FinishReason, GenerationRequest, RequestRefused
+from engine.request import EngineOverloaded, GenerationRequest, Pooling, RequestRefused, TokenDelta, TokenLogprob
 from engine.sequence import Sequence, SequenceStatus
-from tests.support.engine_core import Output, make_core, make_request, run_all
+from tests.support.engine_core import Output, make_core, make_request, run_all, take
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -105,12 +105,25 @@ def tokens_alone(stem: int, length: int, seed: int) -> tuple[int, ...]:
     return tuple(output.tokens)
 
 
+@lru_cache(maxsize=4096)
+def read_alone(stem: int, length: int, read: Pooling | int | None) -> tuple[bytes | None, list[TokenLogprob]]:
+    """Return the vector of a prompt, or the log-probabilities of its tokens."""
+    core = make_core(64, **(LIMITS | {"token_budget": 4096}))
+    wanted = None if isinstance(read, Pooling) else read
+    request = make_request("alone", prompt_of(stem, length), 1, prompt_logprobs=wanted)
+    if isinstance(read, Pooling):
+        request = replace(request, pooling=read)
+    output = run_all(core, [request], check=False)["alone"]
+    return output.embedding, output.prompt_logprobs
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(chunk=st.sampled_from([7, 16, 40]))
     def start(self, chunk: int) -> None:
         self.core: EngineCore = make_core(BLOCKS, chunk_tokens=chunk, **LIMITS)
         self.outputs: dict[str, Output] = {}
         self.expected: dict[str, tuple[int, ...]] = {}
+        self.readings: dict[str, tuple[bytes | None, list[TokenLogprob]]] = {}
         self.requests: dict[str, GenerationRequest] = {}
         self.computed: set[tuple[bytes, tuple[int, ...]]] = set()  # every full block ever filled: (salt, its prefix)
         self.added = 0
@@ -123,10 +136,25 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.integers(0, 1),
         forced=st.sampled_from([False, False, True]),
         key=st.sampled_from("abc"),
+        read=st.sampled_from([None, None, None, 2, *Pooling]),
     )
-    def add(self, stem: int, length: int, max_tokens: int, salt: bytes, seed: int, forced: bool, key: str) -> None:
+    def add(
+        self,
+        stem: int,
+        length: int,
+        max_tokens: int,
+        salt: bytes,
+        seed: int,
+        forced: bool,
+        key: str,
+        read: Pooling | int | None,
+    ) -> None:
         request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
         request = replace(request, fairness_key=key)
+        if isinstance(read, Pooling):
+            request, forced = replace(request, pooling=read), False
+        elif read is not None:
+            request = replace(request, sampling=replace(request.sampling, prompt_logprobs=read))
         if forced:
             request = replace(request, forced=tokens_alone(stem, length, seed)[:max_tokens])
         try:
@@ -137,7 +165,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.added += 1
         self.outputs[request.request_id] = Output()
         self.requests[request.request_id] = request
-        self.expected[request.request_id] = tokens_alone(stem, length, seed)[:max_tokens]
+        generated = () if request.pooling is not None else tokens_alone(stem, length, seed)[:max_tokens]
+        self.expected[request.request_id] = generated
+        self.readings[request.request_id] = read_alone(stem, length, read)
 
     @rule(length=st.sampled_from([0, 150, 151]), max_tokens=st.sampled_from([0, 1]))
     def add_the_impossible(self, length: int, max_tokens: int) -> None:
@@ -160,7 +190,7 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in watched:
             self.note_computed(sequence)
         for emission in emissions:
-            self.receive(emission.request_id, emission.delta.tokens, emission.delta.finish_reason)
+            self.receive(emission.request_id, emission.delta)
         self.adds_up()
 
     def check_hits(self, sequence: Sequence) -> None:
@@ -174,16 +204,17 @@ class EngineMachine(RuleBasedStateMachine):
     def note_computed(self, sequence: Sequence) -> None:
         computed = sequence.computed
         if sequence.status is SequenceStatus.FINISHED:  # all was computed but a last token that was sampled
-            computed = len(sequence.tokens) - (0 if sequence.request.forced else 1)
+            computed = len(sequence.tokens) - (0 if sequence.request.forced or sequence.request.pooling else 1)
         for end in range(BLOCK_SIZE, computed + 1, BLOCK_SIZE):
             self.computed.add((sequence.request.cache_salt, tuple(sequence.tokens[:end])))
 
-    def receive(self, request_id: str, tokens: tuple[int, ...], reason: FinishReason | None) -> None:
+    def receive(self, request_id: str, delta: TokenDelta) -> None:
         output = self.outputs[request_id]
-        output.tokens.extend(tokens)
+        take(output, delta)
         assert tuple(output.tokens) == self.expected[request_id][: len(output.tokens)]
-        if reason is not None:
+        if delta.finish_reason is not None:
             assert tuple(output.tokens) == self.expected[request_id]
+            assert (output.embedding, output.prompt_logprobs) == self.readings[request_id]
             del self.outputs[request_id]
 
     @precondition(lambda self: self.outputs)

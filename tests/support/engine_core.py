@@ -22,6 +22,8 @@ class Output:
     text: str = ""
     finish_reason: FinishReason | None = None
     stats: GenerationStats | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    embedding: bytes | None = None
 
 
 class Ticks:
@@ -106,3 +108,5 @@ def take(output: Output, delta: TokenDelta) -> None:
     output.text += delta.text
     output.finish_reason = delta.finish_reason
     output.stats = delta.stats
+    output.prompt_logprobs.extend(delta.prompt_logprobs)
+    output.embedding = delta.embedding or output.embedding

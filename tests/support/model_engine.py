@@ -75,8 +75,8 @@ def logits_of(model: LoadedModel, prompts: list[list[int]]) -> list[torch.Tensor
         BLOCK_SIZE,
         zero_slot=first * BLOCK_SIZE,
     )
-    inputs = StepInputs(tokens, positions, slots, attention, torch.arange(len(tokens)))
-    logits = model.decoder.forward(inputs, _caches(model.config, first))
+    inputs = StepInputs(tokens, positions, slots, attention)
+    logits = model.decoder.logits(model.decoder.hidden(inputs, _caches(model.config, first)))
     return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 
 

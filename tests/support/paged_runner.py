@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from dataclasses import replace
+from dataclasses import fields
 
 import numpy as np
 
-from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Draw, Reading, RowPlan, Score, StepPlan, StepResult
+from engine.pooling import pool
 from engine.request import TokenLogprob
 
 _MASK = 2**64 - 1
@@ -37,7 +38,8 @@ class PagedRunner:
         assert self._max_rows is None or len(plan.rows) <= self._max_rows
         for row in plan.rows:
             self._write(row)
-        return StepResult(tuple(tuple(self._sample(row, draw) for draw in row.draws) for row in plan.rows))
+        sampled = tuple(tuple(self._sample(row, draw) for draw in row.draws) for row in plan.rows)
+        return StepResult(sampled, tuple(map(self._read, plan.rows)))
 
     def _write(self, row: RowPlan) -> None:
         assert row.tokens
@@ -52,6 +54,23 @@ class PagedRunner:
     @staticmethod
     def _slot(row: RowPlan, position: int) -> tuple[int, int]:
         return row.block_table[position // BLOCK_SIZE], position % BLOCK_SIZE
+
+    def _read(self, row: RowPlan) -> Reading:
+        scored = tuple(self._score(row, score) for score in row.scores)
+        if row.pool is None:
+            return Reading(scored)
+        positions = range(row.start, row.context_length)
+        states = np.array([self._slots[self._slot(row, position)] for position in positions])
+        shifts = np.array([0, 16, 32, 48], dtype=np.uint64)
+        hidden = ((states[:, None] >> shifts) & np.uint64(0xFFFF)).astype(np.float32)
+        return Reading(scored, pool(row.pool, hidden - 32768))
+
+    def _score(self, row: RowPlan, score: Score) -> TokenLogprob:
+        context = self._slots[list(row.block_table)].reshape(-1)[: row.start + score.offset + 1]
+        bits = hashlib.sha256(context.tobytes() + score.token.to_bytes(8, "little")).digest()[:2]
+        logprob = struct.unpack("<f", struct.pack("<f", -(int.from_bytes(bits, "little") + 1) / 997))[0]
+        top = tuple((rank, logprob - rank) for rank in range(row.sampling.prompt_logprobs or 0))
+        return TokenLogprob(score.token, logprob, top)
 
     def _sample(self, row: RowPlan, draw: Draw) -> TokenLogprob:
         context = self._slots[list(row.block_table)].reshape(-1)[: row.position(draw)]
@@ -68,9 +87,11 @@ class PagedRunner:
         return TokenLogprob(token, logprob, tuple((other, logprob - rank) for rank, other in enumerate(top)))
 
 
+# How long the output may get and what is reported of it does not matter to what is drawn.
+_IDLE = {"max_tokens", "min_tokens", "stop", "stop_tokens", "ignore_eos", "logprobs", "top_logprobs", "prompt_logprobs"}
+
+
 def _draw(context: bytes, row: RowPlan, draw: Draw) -> bytes:
-    # How long the output may get and what is reported of it must not matter to what is drawn.
-    lengths = {"max_tokens": 1, "min_tokens": 0, "stop": (), "stop_tokens": (), "ignore_eos": False}
-    chosen = replace(row.sampling, **lengths, logprobs=False, top_logprobs=0)
+    chosen = [(f.name, getattr(row.sampling, f.name)) for f in fields(row.sampling) if f.name not in _IDLE]
     past = None if draw.past is None else (sorted(draw.past.seen), sorted(draw.past.counts.items()))
     return hashlib.sha256(context + repr((chosen, past, row.position(draw))).encode()).digest()

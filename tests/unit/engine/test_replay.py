@@ -11,7 +11,7 @@ import pytest
 from engine.replay import ReplayDigest, ReplayInterrupted, ReplayOutcome, force, regenerate
 from engine.request import GenerationRequest, RequestRefused, TokenDelta
 from engine.runtime import EngineRuntime
-from engine.scheduler import FORCED_CHUNK
+from engine.scheduler import LOOKED_AT_CHUNK
 from tests.support.engine_core import Output, make_core, make_prompt, make_request, take
 from tests.support.engine_runtime import POLICY, make_runtime
 
@@ -170,7 +170,7 @@ async def test_going_through_the_output_gives_the_bits_of_generating_it(
     )
     assert (verdict.outcome, verdict.first_difference) == (ReplayOutcome.IDENTICAL, None)
     assert verdict.digest == digest_of(recorded)
-    assert engine.metrics().steps - steps <= 1 + (50 + len(recorded.tokens)) // FORCED_CHUNK
+    assert engine.metrics().steps - steps <= 1 + (50 + len(recorded.tokens)) // LOOKED_AT_CHUNK
 
 
 @pytest.mark.parametrize("position", [0, 7, 19])
