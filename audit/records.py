@@ -192,7 +192,7 @@ def request_received(
     *,
     tenant: str,
     request_id: str,
-    action: str,  # chat.completions | completions
+    action: str,  # chat.completions | completions | embeddings | …
     stream: bool,
     principal: PrincipalEntry,
     decision: DecisionEntry,
@@ -203,7 +203,7 @@ def request_received(
     prompt_tokens: int,
     identities: Mapping[str, str],  # subject, source
     prompt: bytes,  # the request body as sent
-    prompt_to_model: bytes,  # the rendered text after redaction
+    prompt_to_model: bytes,  # the rendered text after redaction; of embeddings, a JSON list of texts
 ) -> Record:
     return Record(
         type=RecordType.REQUEST_RECEIVED,
@@ -285,7 +285,7 @@ def request_completed(
     guardrails: Sequence[GuardrailEntry],
     limits: Sequence[LimitEntry],
     timings: TimingEntry,
-    output: bytes,  # canonical JSON list, one member a choice: exactly the text that was released
+    output: bytes,  # canonical JSON list, one member a choice: exactly the text that was released; a vector in base64
     output_tokens: bytes,  # JSON list of lists of token ids as generated, for replay
 ) -> Record:
     return Record(

@@ -108,6 +108,17 @@ async def force(
     return _verdict(tokens, stats.replay_digest, recorded_digest, recorded_tokens, same_policy)
 
 
+async def embed_again(engine: Engine, request: GenerationRequest, recorded_digest: str) -> ReplayVerdict:
+    """Make the vector of `request.prompt` again and return how its bits compare with those recorded under the same
+    numeric policy.
+
+    Raises: as `regenerate`.
+    """
+    _, stats = await _run(engine, _replayable(request, None))
+    same = stats.replay_digest == recorded_digest
+    return ReplayVerdict(ReplayOutcome.IDENTICAL if same else ReplayOutcome.DIFFERENT, None, stats.replay_digest, 0)
+
+
 def _replayable(request: GenerationRequest, recorded_tokens: Sequence[int] | None) -> GenerationRequest:
     salt = hashlib.sha256(b"probity/replay-salt/1" + request.request_id.encode()).digest()
     sampling = request.sampling

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from audit.records import DecisionEntry, GuardrailEntry, Json, LimitEntry, PrincipalEntry
-from engine.request import SamplingParams
+from engine.request import Pooling, SamplingParams
 from policies.decision import Decision, LimitSpec, Obligations
 from policies.guardrails import Verdict
 from policies.request import Principal
@@ -78,6 +78,11 @@ def sampling_body(sampling: SamplingParams, choices: int, obligations: Obligatio
         "top_logprobs": sampling.top_logprobs,
         "adjusted": [{"param": a.param, "old": str(a.old), "new": str(a.new)} for a in obligations.adjustments],
     }
+
+
+def pooling_body(pooling: Pooling, inputs: int) -> dict[str, Json]:
+    """Return what stands in the place of sampling where vectors were asked for."""
+    return {"pooling": str(pooling), "inputs": inputs, "adjusted": []}
 
 
 def _adjustments(sampling: SamplingParams) -> dict[str, Json]:

@@ -8,6 +8,7 @@ exactly one closing record is appended; only then does the caller get the last o
 from __future__ import annotations
 
 import asyncio
+from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -35,11 +36,13 @@ from gateway.error_responses import note_failure
 from gateway.errors import ApiError
 from gateway.grant import Grant
 from gateway.release import Release
+from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.telemetry import Attributes, Telemetry
 from policies.guardrails import OutputInspector, Verdict
 from policies.limits import LimitLedger
 from policies.store import StoreUnavailable
 
+AT_ONCE = 16  # choices, or inputs, of one request that the engine holds
 CLOSE_ATTEMPTS = 6  # tries to put a closing record on a log that fails; after them, recovery closes it at a restart
 CLOSE_BACKOFF_S = 0.25  # doubles with each try
 
@@ -81,20 +84,11 @@ class Generation:
         self._suspended = suspended
         self._recorded = recorded
         self._first_token: float | None = None
-        self._choices = [
-            _Choice(
-                GenerationRequest(
-                    request_id=f"{question.request_id}/{index}",
-                    prompt=grant.prompt,
-                    sampling=replace(grant.sampling, seed=choice_seed(grant.sampling.seed, index)),
-                    cache_salt=cache_salt,
-                    fairness_key=cache_salt.hex(),
-                ),
-                [],
-            )
-            for index in range(question.request.choices)
-        ]
-        self._inspectors = [OutputInspector(grant.obligations.guardrails) for _ in self._choices]
+        self._choices = [_Choice(_request(grant, index, cache_salt), []) for index in range(question.request.outputs)]
+        # A vector is no text that a guardrail could read.
+        guardrails = () if isinstance(question.request, EmbeddingsRequest) else grant.obligations.guardrails
+        self._inspectors = [OutputInspector(guardrails) for _ in self._choices]
+        self._at_once = asyncio.Semaphore(AT_ONCE)
         self.outbox = Outbox(on_abandon=self._abort)
         self._release = Release(
             question.principal.tenant,
@@ -133,7 +127,7 @@ class Generation:
     def _figures(self) -> Attributes:
         reasons = [self._release.finish_reason(index) or "cancelled" for index in range(len(self._choices))]
         output = sum(len(choice.tokens) for choice in self._choices)
-        return spans.generated(len(self._grant.prompt), self._cached_tokens(), output, reasons)
+        return spans.generated(self._grant.prompt_tokens, self._cached_tokens(), output, reasons)
 
     # --- generating ---
 
@@ -142,7 +136,7 @@ class Generation:
         if len(self._choices) == 1 and not self._grant.question.request.stream:
             await self._follow(0)  # the common case, without tasks to watch each other
             return
-        followers = [asyncio.ensure_future(self._follow(index)) for index in range(len(self._choices))]
+        followers = [asyncio.ensure_future(self._follow_in_turn(index)) for index in range(len(self._choices))]
         # An unstreamed answer leaves whole, after its closing record: there is nothing to journal on the way.
         pumps = [asyncio.ensure_future(self._release.pump())] if self._grant.question.request.stream else []
         try:
@@ -157,6 +151,10 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*followers, *pumps, return_exceptions=True)
 
+    async def _follow_in_turn(self, index: int) -> None:
+        async with self._at_once:
+            await self._follow(index)
+
     async def _follow(self, index: int) -> None:
         choice = self._choices[index]
         async for delta in self._engine.generate(choice.request):
@@ -167,7 +165,8 @@ class Generation:
             choice.tokens.extend(delta.tokens)
             if self.outbox.abandoned:  # it may have left before the engine knew the request
                 self._engine.abort(choice.request.request_id)
-            self._release.add(index, delta.text, delta.logprobs)
+            text = delta.text if delta.embedding is None else b64encode(delta.embedding).decode()
+            self._release.add(index, text, delta.logprobs)
             if delta.finish_reason is not None:
                 choice.stats = delta.stats
                 cancelled = delta.finish_reason is FinishReason.ABORT
@@ -184,7 +183,7 @@ class Generation:
 
     async def _close(self, failure: ApiError | None) -> None:
         self._observe()
-        used = len(self._grant.prompt) + sum(len(choice.tokens) for choice in self._choices)
+        used = self._grant.prompt_tokens + sum(len(choice.tokens) for choice in self._choices)
         self._ledger.settle(self._grant.question.request_id, used)
         record = self._completed(used) if failure is None else self._failed(failure)
         receipt = await self._put_on_record(record)
@@ -196,7 +195,7 @@ class Generation:
         self._release.send_rest()
         self.outbox.put(
             Usage(
-                prompt_tokens=len(self._grant.prompt),
+                prompt_tokens=self._grant.prompt_tokens,
                 cached_tokens=self._cached_tokens(),
                 completion_tokens=sum(len(choice.tokens) for choice in self._choices),
                 receipt=str(receipt),
@@ -233,7 +232,7 @@ class Generation:
             status="cancelled" if self.outbox.abandoned else "completed",
             choices=[self._choice_entry(index) for index in range(len(self._choices))],
             usage={
-                "prompt_tokens": len(self._grant.prompt),
+                "prompt_tokens": self._grant.prompt_tokens,
                 "cached_tokens": self._cached_tokens(),
                 "completion_tokens": sum(len(choice.tokens) for choice in self._choices),
             },
@@ -266,7 +265,8 @@ class Generation:
         )
 
     def _cached_tokens(self) -> int:
-        return max((choice.stats.cached_tokens for choice in self._choices if choice.stats is not None), default=0)
+        found = [choice.stats.cached_tokens for choice in self._choices if choice.stats is not None]
+        return sum(found) if isinstance(self._grant.question.request, EmbeddingsRequest) else max(found, default=0)
 
     def _verdicts(self) -> list[Verdict]:
         return [verdict for inspector in self._inspectors for verdict in inspector.verdicts()]
@@ -284,6 +284,20 @@ class Generation:
             first_release_us=since_received(released) if released is not None else None,
             total_us=since_received(self._monotonic()),
         )
+
+
+def _request(grant: Grant, index: int, cache_salt: bytes) -> GenerationRequest:
+    """Return what the engine is asked for choice `index`, or for the vector of input `index`."""
+    asked = grant.question.request
+    pooling = asked.pooling if isinstance(asked, EmbeddingsRequest) else None
+    return GenerationRequest(
+        request_id=f"{grant.question.request_id}/{index}",
+        prompt=grant.prompts[0 if pooling is None else index],
+        sampling=replace(grant.sampling, seed=choice_seed(grant.sampling.seed, index)),
+        cache_salt=cache_salt,
+        fairness_key=cache_salt.hex(),
+        pooling=pooling,
+    )
 
 
 def _named(error: Exception) -> ApiError:

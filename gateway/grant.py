@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import orjson
+
 from engine.request import SamplingParams
-from gateway.schemas.inference import InferenceRequest
+from gateway.schemas.bodies import InferenceRequest
+from gateway.schemas.embeddings import EmbeddingsRequest
 from policies.decision import Decision, Obligations
 from policies.guardrails import Verdict
 from policies.request import Principal
@@ -17,7 +20,7 @@ class Question:
 
     request_id: str  # UUIDv7
     principal: Principal
-    action: str  # chat.completions | completions
+    action: str  # chat.completions | completions | embeddings
     request: InferenceRequest
     body: bytes  # as sent
     source: str | None  # the client's address
@@ -31,13 +34,26 @@ class Grant:
     question: Question
     decision: Decision
     obligations: Obligations
-    rendered: str  # the prompt text for the model, after input guardrails
-    prompt: tuple[int, ...]  # its tokens
+    rendered: tuple[str, ...]  # what the model is given, after input guardrails: one prompt; of embeddings, each input
+    prompts: tuple[tuple[int, ...], ...]  # their tokens
     sampling: SamplingParams  # of choice 0
     verdicts: tuple[Verdict, ...]  # of the input guardrails
     decided: float  # monotonic seconds
 
     @property
     def reserved_tokens(self) -> int:
-        """Prompt and longest possible output, all choices."""
-        return len(self.prompt) + self.question.request.choices * self.sampling.max_tokens
+        """Prompts and longest possible output, all choices."""
+        if isinstance(self.question.request, EmbeddingsRequest):
+            return self.prompt_tokens
+        return self.prompt_tokens + self.question.request.choices * self.sampling.max_tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def prompt_to_model(self) -> bytes:
+        """What the log keeps of it: the prompt, or a JSON list of all inputs."""
+        if isinstance(self.question.request, EmbeddingsRequest):
+            return orjson.dumps(self.rendered)
+        return self.rendered[0].encode()

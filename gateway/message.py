@@ -8,10 +8,10 @@ from engine.dialect import Dialect, Thinking
 from engine.message_grammar import message_structure
 from engine.message_parser import CallArguments, CallBegun, MessageParser, Thought, Words
 from engine.request import Structure
-from gateway.schemas.inference import ChatRequest, InferenceRequest
+from gateway.schemas.inference import ChatRequest, TextRequest
 
 
-def structure_of(asked: InferenceRequest, dialect: Dialect, prompt: str) -> Structure | None:
+def structure_of(asked: TextRequest, dialect: Dialect, prompt: str) -> Structure | None:
     """Return what the answer must look like. `prompt`: as the model is given it."""
     if not isinstance(asked, ChatRequest):
         return asked.form

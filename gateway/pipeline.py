@@ -19,24 +19,33 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from audit.log import AuditLog
-from audit.records import ModelEntry, Record, request_denied, request_received
+from audit.records import Json, ModelEntry, Record, request_denied, request_received
 from audit.writer import LogUnavailable
 from engine.dialect import Thinking
 from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams, Structure
 from gateway import errors, spans
 from gateway.answer import Outbox
 from gateway.bounded_reads import BoundedReads
-from gateway.entries import decision_entry, guardrail_entries, limit_entries, principal_entry, sampling_body
+from gateway.entries import (
+    decision_entry,
+    guardrail_entries,
+    limit_entries,
+    pooling_body,
+    principal_entry,
+    sampling_body,
+)
 from gateway.errors import ApiError
 from gateway.generation import Generation
 from gateway.grant import Grant, Question
 from gateway.message import structure_of
-from gateway.schemas.inference import ChatRequest, InferenceRequest
+from gateway.schemas.bodies import InferenceRequest
+from gateway.schemas.embeddings import EmbeddingsRequest
+from gateway.schemas.inference import ChatRequest, CompletionRequest, TextRequest
 from gateway.telemetry import Telemetry
 from policies.decision import Decision, DeniedBy, GuardrailSpec, Obligations, Reason
 from policies.document import EffectivePolicy
 from policies.evaluate import evaluate
-from policies.guardrails import InputInspection, Verdict, inspect_input
+from policies.guardrails import InputInspection, Verdict, inspect_input, merged
 from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore, StoreUnavailable
@@ -44,6 +53,7 @@ from policies.store import PolicyStore, StoreUnavailable
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is inspected beside the event loop
 ENTERING_POLL_S = 0.01  # while draining
+_PROMPT_FIELDS = {ChatRequest: "messages", CompletionRequest: "prompt", EmbeddingsRequest: "input"}
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
@@ -157,7 +167,7 @@ class Pipeline:
             model=self._engine.model.digest,
             fingerprint=self._engine.numeric_policy,
             created=int(self._clock.now().timestamp()),
-            thinking=self._engine.dialect.thinking(grant.rendered),
+            thinking=self._engine.dialect.thinking(grant.rendered[0]),
             outbox=outbox,
         )
 
@@ -179,15 +189,15 @@ class Pipeline:
         if obligations is None:
             raise Denied(_denial(decision), decision)
         rendered, verdicts = await self._inspect(question.request, decision, obligations)
-        prompt = self._count(question.request, rendered, decision, obligations, verdicts)
-        structure = await self._structure(question.request, rendered, decision, verdicts)
+        prompts = self._count(question.request, rendered, decision, obligations, verdicts)
+        sampling = await self._sampling(question.request, rendered, prompts, decision, obligations, verdicts)
         return Grant(
             question=question,
             decision=decision,
             obligations=obligations,
             rendered=rendered,
-            prompt=prompt,
-            sampling=_sampling(question.request, obligations, structure, self._engine.context_length - len(prompt)),
+            prompts=prompts,
+            sampling=sampling,
             verdicts=verdicts,
             decided=self._clock.monotonic(),
         )
@@ -211,19 +221,21 @@ class Pipeline:
 
     async def _inspect(
         self, request: InferenceRequest, decision: Decision, obligations: Obligations
-    ) -> tuple[str, tuple[Verdict, ...]]:
-        """Return the text for the model, as the chat template renders it and after the input guardrails."""
+    ) -> tuple[tuple[str, ...], tuple[Verdict, ...]]:
+        """Return the texts for the model, as the chat template renders them and after the input guardrails."""
         try:
             rendered = self._render(request)
         except RequestRefused as refused:
             raise Denied(errors.invalid_request(str(refused), param=refused.param), decision) from None
-        inspection = await self._inspection(rendered, obligations.guardrails)
-        if inspection.blocked_by is not None:
-            raise Denied(errors.content_filter(inspection.blocked_by), decision, inspection.verdicts)
+        inspections = [await self._inspection(text, obligations.guardrails) for text in rendered]
+        verdicts = merged([inspection.verdicts for inspection in inspections])
+        blocked_by = next((one.blocked_by for one in inspections if one.blocked_by is not None), None)
+        if blocked_by is not None:
+            raise Denied(errors.content_filter(blocked_by), decision, verdicts)
         if request.wants_logprobs and any(guardrail.withholds_output for guardrail in obligations.guardrails):
             message = "log-probabilities would show text that an output guardrail of the policy withholds"
-            raise Denied(errors.invalid_request(message, param="logprobs"), decision, inspection.verdicts)
-        return inspection.text, inspection.verdicts
+            raise Denied(errors.invalid_request(message, param="logprobs"), decision, verdicts)
+        return tuple(inspection.text for inspection in inspections), verdicts
 
     async def _inspection(self, text: str, guardrails: Sequence[GuardrailSpec]) -> InputInspection:
         """Look at a long text beside the event loop, one at a time: made-up text is slow to look at, 0.1 MB/s, and
@@ -232,46 +244,55 @@ class Pipeline:
             return inspect_input(text, guardrails)
         return await self._inspections.run(inspect_input, text, guardrails)
 
-    def _render(self, request: InferenceRequest) -> str:
-        if isinstance(request, ChatRequest):
-            messages = [message.shown() for message in request.messages]
-            options = request.chat_template_kwargs
-            return self._engine.render_chat(messages, tools=request.shown_tools, options=options)
-        return request.text
+    def _render(self, request: InferenceRequest) -> list[str]:
+        if isinstance(request, EmbeddingsRequest):
+            return request.input
+        if isinstance(request, CompletionRequest):
+            return [request.text]
+        messages = [message.shown() for message in request.messages]
+        options = request.chat_template_kwargs
+        return [self._engine.render_chat(messages, tools=request.shown_tools, options=options)]
 
     def _count(
         self,
         request: InferenceRequest,
-        rendered: str,
+        rendered: Sequence[str],
         decision: Decision,
         obligations: Obligations,
         verdicts: tuple[Verdict, ...],
-    ) -> tuple[int, ...]:
-        """Return the prompt's tokens: the exact count that limits are reserved by."""
-        chat = isinstance(request, ChatRequest)
-        prompt = tuple(self._engine.encode(rendered, chat=chat))
-        field = "messages" if chat else "prompt"
-        room = self._engine.context_length - len(prompt)
+    ) -> tuple[tuple[int, ...], ...]:
+        """Return the tokens of every prompt: the exact count that limits are reserved by."""
+        prompts = tuple(tuple(self._engine.encode(text, chat=isinstance(request, ChatRequest))) for text in rendered)
+        field = _PROMPT_FIELDS[type(request)]
         asked = (obligations.params.max_tokens or 1) if request.token_limit is not None else 1
-        if not prompt:
-            raise Denied(errors.invalid_request("the prompt is empty", param=field), decision, verdicts)
-        if asked > room:
-            error = errors.context_length_exceeded(self._engine.context_length, len(prompt), field)
-            raise Denied(error, decision, verdicts)
-        return prompt
+        for prompt in prompts:
+            if not prompt:
+                raise Denied(errors.invalid_request("the prompt is empty", param=field), decision, verdicts)
+            if asked > self._engine.context_length - len(prompt):
+                error = errors.context_length_exceeded(self._engine.context_length, len(prompt), field)
+                raise Denied(error, decision, verdicts)
+        return prompts
 
-    async def _structure(
-        self, request: InferenceRequest, rendered: str, decision: Decision, verdicts: tuple[Verdict, ...]
-    ) -> Structure | None:
-        """Return what the answer must look like; what the engine cannot enforce is refused."""
-        structure = structure_of(request, self._engine.dialect, rendered)
+    async def _sampling(
+        self,
+        request: InferenceRequest,
+        rendered: Sequence[str],
+        prompts: Sequence[Sequence[int]],
+        decision: Decision,
+        obligations: Obligations,
+        verdicts: tuple[Verdict, ...],
+    ) -> SamplingParams:
+        """Return how the answer is sampled; what the engine cannot enforce of its structure is refused."""
+        if isinstance(request, EmbeddingsRequest):
+            return SamplingParams(max_tokens=1, seed=0)  # nothing is
+        structure = structure_of(request, self._engine.dialect, rendered[0])
         if structure is not None:
             try:
                 await self._engine.prepare(structure)
             except RequestRefused as refused:
                 error = errors.invalid_request(str(refused), param=request.structure_field)
                 raise Denied(error, decision, verdicts) from None
-        return structure
+        return _sampling(request, obligations, structure, self._engine.context_length - len(prompts[0]))
 
     def _reserve(self, grant: Grant) -> None:
         """Reserve the prompt and the longest possible output in every bucket, or refuse."""
@@ -304,13 +325,13 @@ class Pipeline:
                 template=model.template,
                 engine=self._engine.numeric_policy,
             ),
-            sampling=sampling_body(grant.sampling, question.request.choices, grant.obligations),
+            sampling=_sampling_body(grant),
             guardrails=guardrail_entries(grant.verdicts),
             limits=limit_entries(grant.obligations.limits, grant.reserved_tokens),
-            prompt_tokens=len(grant.prompt),
+            prompt_tokens=grant.prompt_tokens,
             identities=_identities(question),
             prompt=question.body,
-            prompt_to_model=grant.rendered.encode(),
+            prompt_to_model=grant.prompt_to_model,
         )
 
     def _known_alias(self, question: Question) -> str:
@@ -404,9 +425,14 @@ def _subject(question: Question) -> tuple[str, str, str]:
     return question.principal.tenant, "subject", question.principal.subject
 
 
-def _sampling(
-    request: InferenceRequest, obligations: Obligations, structure: Structure | None, room: int
-) -> SamplingParams:
+def _sampling_body(grant: Grant) -> dict[str, Json]:
+    request = grant.question.request
+    if isinstance(request, EmbeddingsRequest):
+        return pooling_body(request.pooling, request.outputs)
+    return sampling_body(grant.sampling, request.choices, grant.obligations)
+
+
+def _sampling(request: TextRequest, obligations: Obligations, structure: Structure | None, room: int) -> SamplingParams:
     params = obligations.params
     return SamplingParams(
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),

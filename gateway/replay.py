@@ -20,11 +20,13 @@ from pydantic import ValidationError
 from audit.leaf import Leaf
 from audit.reader import RevealedContent
 from audit.records import Json, RecordType
-from engine.replay import ReplayOutcome, force, regenerate
+from engine.replay import ReplayOutcome, embed_again, force, regenerate
 from engine.request import Engine, GenerationRequest, SamplingParams
 from gateway.message import structure_of
-from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
-from gateway.strict_json import MalformedJson, parse_json
+from gateway.schemas.bodies import InferenceRequest, read_body
+from gateway.schemas.embeddings import EmbeddingsRequest
+from gateway.schemas.inference import ChatRequest
+from gateway.strict_json import MalformedJson
 
 Mode = Literal["regenerate", "forced"]
 
@@ -71,8 +73,7 @@ class Recording:
     request_id: str
     version: str  # of the model that answered
     engine: str  # numeric policy
-    chat: bool
-    prompt_to_model: str
+    prompts_to_model: tuple[str, ...]  # one; of embeddings, each input
     sampling: SamplingParams  # of choice 0, without the structure: that depends on the model too
     asked: InferenceRequest
     choices: tuple[Mapping[str, Any], ...]  # ChoiceEntry members as recorded
@@ -90,14 +91,13 @@ def recording(leaves: Sequence[Leaf], content: RevealedContent) -> Recording:
     if content.prompt is None or content.prompt_to_model is None:
         raise ReplayRefused("the content of the request is not there")
     body: Any = received.body
-    chat = body["action"] == "chat.completions"
-    asked = _asked(content.prompt, chat=chat)
+    asked = _asked(body["action"], content.prompt)
+    shown = content.prompt_to_model.decode()
     return Recording(
         request_id=str(received.request),
         version=body["model"]["version"],
         engine=body["model"]["engine"],
-        chat=chat,
-        prompt_to_model=content.prompt_to_model.decode(),
+        prompts_to_model=tuple(orjson.loads(shown)) if isinstance(asked, EmbeddingsRequest) else (shown,),
         sampling=_sampling(body["sampling"], asked),
         asked=asked,
         choices=tuple(completed.body["choices"]),  # type: ignore[arg-type]
@@ -117,24 +117,49 @@ async def replay(engine: Engine, recorded: Recording, replay_id: str, mode: Mode
             f"the answer came from model version `{recorded.version}`, and `{engine.model.digest}` is loaded; "
             "start a gateway with the recorded version"
         )
-    prompt = tuple(engine.encode(recorded.prompt_to_model, chat=recorded.chat))
+    again = _replay_vector if isinstance(recorded.asked, EmbeddingsRequest) else _replay_choice
     choices = [
-        await _replay_choice(engine, recorded, prompt, position, f"{replay_id}/{position}", mode)
+        await again(engine, recorded, position, f"{replay_id}/{position}", mode)
         for position in range(len(recorded.choices))
     ]
     return _verdict(engine, recorded, choices, mode)
 
 
-async def _replay_choice(
-    engine: Engine, recorded: Recording, prompt: tuple[int, ...], position: int, replay_id: str, mode: Mode
+async def _replay_vector(
+    engine: Engine, recorded: Recording, position: int, replay_id: str, mode: Mode
 ) -> ChoiceReplay:
+    """A vector has no positions, and one pass is all that either mode could do."""
+    assert isinstance(recorded.asked, EmbeddingsRequest)
+    if engine.numeric_policy != recorded.engine:
+        raise ReplayRefused(
+            f"the vectors were made under numeric policy `{recorded.engine}`, and `{engine.numeric_policy}` holds "
+            "here: of vectors only bits could be compared"
+        )
+    entry = recorded.choices[position]
+    request = GenerationRequest(
+        request_id=replay_id,
+        prompt=tuple(engine.encode(recorded.prompts_to_model[position], chat=False)),
+        sampling=recorded.sampling,
+        cache_salt=b"",
+        fairness_key="replay",
+        pooling=recorded.asked.pooling,
+    )
+    verdict = await embed_again(engine, request, entry["replay"])
+    return ChoiceReplay(entry["index"], verdict.outcome.value, verdict.first_difference, verdict.output_tokens)
+
+
+async def _replay_choice(
+    engine: Engine, recorded: Recording, position: int, replay_id: str, mode: Mode
+) -> ChoiceReplay:
+    assert not isinstance(recorded.asked, EmbeddingsRequest)
     entry, tokens = recorded.choices[position], recorded.tokens[position]
     if not entry["replay"] and tokens:
         raise ReplayRefused("a choice was cut off without a digest: there is nothing to compare its bits with")
-    structure = structure_of(recorded.asked, engine.dialect, recorded.prompt_to_model)
+    (prompt,) = recorded.prompts_to_model
+    structure = structure_of(recorded.asked, engine.dialect, prompt)
     request = GenerationRequest(
         request_id=replay_id,
-        prompt=prompt,
+        prompt=tuple(engine.encode(prompt, chat=isinstance(recorded.asked, ChatRequest))),
         sampling=replace(recorded.sampling, structure=structure, seed=int(entry["seed"])),
         cache_salt=b"",  # engine/replay.py gives it one that nobody shares
         fairness_key="replay",
@@ -169,6 +194,8 @@ def _sampling(stated: Mapping[str, Any], asked: InferenceRequest) -> SamplingPar
 
     Stop strings, token ids and structures are content: they stand in the body as sent.
     """
+    if isinstance(asked, EmbeddingsRequest):
+        return SamplingParams(max_tokens=1, seed=0)  # nothing is sampled
     return SamplingParams(
         max_tokens=stated["max_tokens"],
         seed=int(stated["seed"]),
@@ -188,10 +215,9 @@ def _sampling(stated: Mapping[str, Any], asked: InferenceRequest) -> SamplingPar
     )
 
 
-def _asked(body: bytes, *, chat: bool) -> InferenceRequest:
+def _asked(action: str, body: bytes) -> InferenceRequest:
     """Return the body as sent."""
-    kind: type[ChatRequest | CompletionRequest] = ChatRequest if chat else CompletionRequest
     try:
-        return kind.model_validate(parse_json(body))
-    except (MalformedJson, ValidationError):
+        return read_body(action, body)
+    except (MalformedJson, ValidationError, KeyError):
         raise ReplayRefused("the body as sent is of a form that this version of the gateway does not read") from None

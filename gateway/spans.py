@@ -15,7 +15,7 @@ from gateway import semantic_conventions as names
 from gateway.grant import Grant
 from gateway.telemetry import Attributes
 
-_OPERATIONS = {"chat.completions": "chat", "completions": "text_completion"}
+_OPERATIONS = {"chat.completions": "chat", "completions": "text_completion", "responses": "chat"}
 PROVIDER = "probity"
 
 

@@ -7,10 +7,12 @@ It reads an outbox and knows nothing of how an answer comes to be. A caller that
 from __future__ import annotations
 
 import asyncio
+from base64 import b64decode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -33,7 +35,13 @@ class Envelope:
     fingerprint: str  # digest of the numeric policy
 
 
-class Renderer(Protocol):
+class WholeRenderer(Protocol):
+    """How one endpoint writes an answer that leaves at once."""
+
+    def whole(self, texts: list[list[Piece]], usage: Usage) -> bytes: ...
+
+
+class Renderer(WholeRenderer, Protocol):
     """How one endpoint writes its answers."""
 
     def opening(self, choices: int) -> bytes: ...
@@ -41,8 +49,6 @@ class Renderer(Protocol):
     def chunk(self, piece: Piece) -> bytes: ...
 
     def usage(self, usage: Usage) -> bytes: ...
-
-    def whole(self, texts: list[list[Piece]], usage: Usage) -> bytes: ...
 
 
 def sse(payload: Mapping[str, Any]) -> bytes:
@@ -198,6 +204,26 @@ class CompletionRenderer:
             ],
             "text_offset": offsets,
         }
+
+
+class EmbeddingsRenderer:
+    """`list` of `embedding`; a piece is a vector in base64. It is never streamed."""
+
+    def __init__(self, model: str, *, base64: bool) -> None:
+        self._model = model
+        self._base64 = base64
+
+    def whole(self, texts: list[list[Piece]], usage: Usage) -> bytes:
+        data = [
+            {"object": "embedding", "index": index, "embedding": self._vector("".join(piece.text for piece in pieces))}
+            for index, pieces in enumerate(texts)
+        ]
+        counts = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
+        body = {"object": "list", "data": data, "model": self._model, "usage": counts}
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+    def _vector(self, text: str) -> object:
+        return text if self._base64 else np.frombuffer(b64decode(text), dtype=np.float32)  # in its shortest decimals
 
 
 async def chunks(outbox: Outbox, renderer: Renderer, choices: int, *, include_usage: bool) -> AsyncIterator[bytes]:

@@ -82,7 +82,7 @@ Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 WEEKDAYS: tuple[Weekday, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 # The actions of the gateway that a rule may name.
-ACTIONS = frozenset({"chat.completions", "completions"})
+ACTIONS = frozenset({"chat.completions", "completions", "embeddings", "responses"})
 
 
 class _Part(BaseModel):

@@ -1,8 +1,9 @@
-"""`POST /v1/chat/completions` and `POST /v1/completions`: body → question → answer → JSON or server-sent events."""
+"""What asks the model for something, under `/v1`: body → question → answer → JSON or server-sent events."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -19,14 +20,18 @@ from gateway.errors import ApiError
 from gateway.grant import Question
 from gateway.message import readers_of
 from gateway.pipeline import Answer
-from gateway.schemas.inference import ChatRequest, CompletionRequest, InferenceRequest
+from gateway.schemas.bodies import InferenceRequest
+from gateway.schemas.embeddings import EmbeddingsRequest
+from gateway.schemas.inference import ChatRequest, CompletionRequest, TextRequest
 from gateway.state import AppState, state_of
 from gateway.streaming import (
     ChatRenderer,
     CompletionRenderer,
+    EmbeddingsRenderer,
     Envelope,
     EventStream,
     Renderer,
+    WholeRenderer,
     collect,
     watch_disconnect,
 )
@@ -53,7 +58,7 @@ class HandMade(APIRoute):
 
 router = APIRouter(prefix="/v1", route_class=HandMade)
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", ChatRequest, CompletionRequest, EmbeddingsRequest)
 
 
 def _schema(body: type[BaseModel]) -> dict[str, Any]:
@@ -75,6 +80,15 @@ async def completions(request: Request) -> Response:
     return await _answer(request, "completions", body, _parse(CompletionRequest, body))
 
 
+@router.post("/embeddings", openapi_extra=_schema(EmbeddingsRequest), dependencies=[requires(Permission.INFER)])
+async def embeddings(request: Request) -> Response:
+    body = await request.body()
+    asked = _parse(EmbeddingsRequest, body)
+    answered = await _answered(request, "embeddings", body, asked)
+    renderer = EmbeddingsRenderer(asked.model, base64=asked.encoding_format == "base64")
+    return await _whole(request, answered, renderer)
+
+
 def _parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate(parse_json(body))
@@ -82,54 +96,67 @@ def _parse(kind: type[Body], body: bytes) -> Body:
         raise invalid_fields(invalid, kind) from None
 
 
-async def _answer(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Response:
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question and its answer, on its way."""
+
+    question: Question
+    answer: Answer
+
+    @property
+    def headers(self) -> dict[str, str]:
+        answer = self.answer
+        return {"probity-receipt": answer.receipt, "probity-policy": answer.policy, "probity-model": answer.model}
+
+
+async def _answered(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Answered:
     state = state_of(request)
-    received = state.clock.monotonic()
-    request_id = request.state.request_id
     question = Question(
-        request_id=request_id,
+        request_id=request.state.request_id,
         principal=with_purpose(request.state.principal, request.headers.get("probity-purpose")),
         action=action,
         request=asked,
         body=body,
         source=request.client.host if request.client else None,
-        received=received,
+        received=state.clock.monotonic(),
     )
-    answer = await state.pipeline.answer(question)
-    headers = {
-        "probity-receipt": answer.receipt,
-        "probity-policy": answer.policy,
-        "probity-model": answer.model,
-    }
+    return Answered(question, await state.pipeline.answer(question))
+
+
+async def _answer(request: Request, action: str, body: bytes, asked: TextRequest) -> Response:
+    answered = await _answered(request, action, body, asked)
+    renderer = _renderer(state_of(request), answered, asked)
+    return await (
+        _streamed(answered, renderer, asked, request) if asked.stream else _whole(request, answered, renderer)
+    )
+
+
+async def _whole(request: Request, answered: Answered, renderer: WholeRenderer) -> Response:
+    outbox = answered.answer.outbox
     try:
-        return await _render(request, state, question, answer, headers)
+        with watch_disconnect(request.receive, outbox):
+            collected = await collect(outbox, answered.question.request.outputs)
     except ApiError as error:
-        raise error.with_headers(headers) from None
+        raise error.with_headers(answered.headers) from None
+    if collected is None:
+        return Response(status_code=499)  # the client has gone; nobody reads this
+    texts, usage = collected
+    # The whole answer goes out, so its receipt is the one that covers the output.
+    headers = answered.headers | {"probity-receipt": usage.receipt}
+    return Response(renderer.whole(texts, usage), media_type="application/json", headers=headers)
 
 
-async def _render(
-    request: Request, state: AppState, question: Question, answer: Answer, headers: dict[str, str]
-) -> Response:
-    asked = question.request
-    renderer = _renderer(state, question, answer)
-    if not asked.stream:
-        with watch_disconnect(request.receive, answer.outbox):
-            collected = await collect(answer.outbox, asked.choices)
-        if collected is None:
-            return Response(status_code=499)  # the client has gone; nobody reads this
-        texts, usage = collected
-        # The whole answer goes out, so its receipt is the one that covers the output.
-        headers = headers | {"probity-receipt": usage.receipt}
-        return Response(renderer.whole(texts, usage), media_type="application/json", headers=headers)
-    with watch_disconnect(request.receive, answer.outbox):
-        first = await answer.outbox.peek()
+async def _streamed(answered: Answered, renderer: Renderer, asked: TextRequest, request: Request) -> Response:
+    outbox = answered.answer.outbox
+    with watch_disconnect(request.receive, outbox):
+        first = await outbox.peek()
     if isinstance(first, Failure):  # nothing was sent yet: the status line can still say it
-        raise first.error
-    return EventStream(answer.outbox, renderer, asked.choices, headers, include_usage=asked.include_usage)
+        raise first.error.with_headers(answered.headers)
+    return EventStream(outbox, renderer, asked.choices, answered.headers, include_usage=asked.include_usage)
 
 
-def _renderer(state: AppState, question: Question, answer: Answer) -> Renderer:
-    asked = question.request
+def _renderer(state: AppState, answered: Answered, asked: TextRequest) -> Renderer:
+    question, answer = answered.question, answered.answer
     envelope = Envelope(question.request_id, answer.created, asked.model, answer.fingerprint)
     token_text, usage, logprobs = state.engine.token_text, asked.include_usage, asked.wants_logprobs
     if not isinstance(asked, ChatRequest):

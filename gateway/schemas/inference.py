@@ -36,6 +36,7 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIASED_TOKENS = 1024
 MAX_ALLOWED_TOKENS = 1024
 
+ModelAlias = Annotated[StrictStr, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]  # it stands in a column
 Probability = Annotated[Decimal, Field(gt=0, le=1)]
 Penalty = Annotated[Decimal, Field(ge=-2, le=2)]
 Bias = Annotated[Decimal, Field(ge=-100, le=100)]
@@ -185,7 +186,7 @@ class StructuredOutputs(_Body):
 class _InferenceBody(_Body):
     """What both endpoints share."""
 
-    model: Annotated[StrictStr, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]  # it stands in a column
+    model: ModelAlias
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
@@ -248,6 +249,11 @@ class _InferenceBody(_Body):
     @property
     def choices(self) -> int:
         return self.n or 1
+
+    @property
+    def outputs(self) -> int:
+        """How many the answer is made of."""
+        return self.choices
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -382,4 +388,4 @@ class CompletionRequest(_InferenceBody):
         return self.logprobs or 0
 
 
-InferenceRequest = ChatRequest | CompletionRequest
+TextRequest = ChatRequest | CompletionRequest  # what is answered with text

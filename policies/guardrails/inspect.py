@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from policies.decision import Action, GuardrailSpec, Stage, StreamingMode
@@ -58,6 +58,7 @@ class _Span:
     guardrail: int  # position among the specs
 
 
+_SEVERITY = (Outcome.NOT_RUN, Outcome.PASSED, Outcome.FLAGGED, Outcome.REDACTED, Outcome.BLOCKED, Outcome.ERROR)
 _OUTCOMES = {Action.BLOCK: Outcome.BLOCKED, Action.REDACT: Outcome.REDACTED, Action.FLAG: Outcome.FLAGGED}
 
 
@@ -75,6 +76,21 @@ def inspect_input(text: str, specs: Sequence[GuardrailSpec]) -> InputInspection:
     blocked = next((v.guardrail for v in verdicts if v.outcome in (Outcome.BLOCKED, Outcome.ERROR)), None)
     redacted = [span for span in spans if own[span.guardrail].action is Action.REDACT]
     return InputInspection(_redact(text, _merge(redacted)), verdicts, blocked)
+
+
+def merged(inspections: Sequence[Sequence[Verdict]]) -> tuple[Verdict, ...]:
+    """Return one verdict a guardrail on several texts that the same ones looked at: findings add up, the worst outcome
+    stands for all."""
+    if len(inspections) == 1:
+        return tuple(inspections[0])
+    together = []
+    for verdicts in zip(*inspections, strict=True):
+        counts: Counter[str] = Counter()
+        for verdict in verdicts:
+            counts.update(verdict.counts)
+        worst = max((verdict.outcome for verdict in verdicts), key=_SEVERITY.index)
+        together.append(replace(verdicts[0], outcome=worst, counts=dict(counts)))
+    return tuple(together)
 
 
 class OutputInspector:

@@ -212,7 +212,7 @@ def test_a_parameter_that_the_policy_rejects_is_named(gateway: RunningGateway) -
         ({"logit_bias": {"a word": 1}}, "logit_bias"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "x", "name": "Mia"}]}, "messages.0.name"),
         ({"extra_body": {"surprise": True}}, None),
         ({"model": ""}, "model"),

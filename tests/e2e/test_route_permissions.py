@@ -34,6 +34,7 @@ EXPECTED = {
     "GET /v1/models/{alias}": Permission.INFER,
     "GET /v1/receipts/{request_id}": Permission.READ_OWN_RECEIPTS,
     "POST /v1/chat/completions": Permission.INFER,
+    "POST /v1/embeddings": Permission.INFER,
     "POST /v1/completions": Permission.INFER,
 }
 
