@@ -20,7 +20,7 @@ class Question:
 
     request_id: str  # UUIDv7
     principal: Principal
-    action: str  # chat.completions | completions | embeddings
+    action: str  # chat.completions | completions | embeddings | responses
     request: InferenceRequest
     body: bytes  # as sent
     source: str | None  # the client's address

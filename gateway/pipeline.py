@@ -53,7 +53,6 @@ from policies.store import PolicyStore, StoreUnavailable
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is inspected beside the event loop
 ENTERING_POLL_S = 0.01  # while draining
-_PROMPT_FIELDS = {ChatRequest: "messages", CompletionRequest: "prompt", EmbeddingsRequest: "input"}
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
@@ -226,7 +225,8 @@ class Pipeline:
         try:
             rendered = self._render(request)
         except RequestRefused as refused:
-            raise Denied(errors.invalid_request(str(refused), param=refused.param), decision) from None
+            param = request.prompt_field if refused.param == "messages" else refused.param
+            raise Denied(errors.invalid_request(str(refused), param=param), decision) from None
         inspections = [await self._inspection(text, obligations.guardrails) for text in rendered]
         verdicts = merged([inspection.verdicts for inspection in inspections])
         blocked_by = next((one.blocked_by for one in inspections if one.blocked_by is not None), None)
@@ -263,7 +263,7 @@ class Pipeline:
     ) -> tuple[tuple[int, ...], ...]:
         """Return the tokens of every prompt: the exact count that limits are reserved by."""
         prompts = tuple(tuple(self._engine.encode(text, chat=isinstance(request, ChatRequest))) for text in rendered)
-        field = _PROMPT_FIELDS[type(request)]
+        field = request.prompt_field
         asked = (obligations.params.max_tokens or 1) if request.token_limit is not None else 1
         for prompt in prompts:
             if not prompt:

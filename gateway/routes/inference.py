@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
+from engine.message_parser import MessageParser
 from gateway.admission import parse_json
 from gateway.answer import Failure
 from gateway.auth.authentication import with_purpose
@@ -20,21 +21,17 @@ from gateway.errors import ApiError
 from gateway.grant import Question
 from gateway.message import readers_of
 from gateway.pipeline import Answer
+from gateway.rendering.chat import ChatRenderer
+from gateway.rendering.completions import CompletionRenderer
+from gateway.rendering.embeddings import EmbeddingsRenderer
+from gateway.rendering.renderer import Envelope, Renderer, WholeRenderer
+from gateway.rendering.responses import ResponsesRenderer
 from gateway.schemas.bodies import InferenceRequest
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.schemas.inference import ChatRequest, CompletionRequest, TextRequest
+from gateway.schemas.responses import ResponsesRequest
 from gateway.state import AppState, state_of
-from gateway.streaming import (
-    ChatRenderer,
-    CompletionRenderer,
-    EmbeddingsRenderer,
-    Envelope,
-    EventStream,
-    Renderer,
-    WholeRenderer,
-    collect,
-    watch_disconnect,
-)
+from gateway.streaming import EventStream, collect, watch_disconnect
 
 
 class HandMade(APIRoute):
@@ -58,7 +55,7 @@ class HandMade(APIRoute):
 
 router = APIRouter(prefix="/v1", route_class=HandMade)
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest, EmbeddingsRequest)
+Body = TypeVar("Body", ChatRequest, CompletionRequest, EmbeddingsRequest, ResponsesRequest)
 
 
 def _schema(body: type[BaseModel]) -> dict[str, Any]:
@@ -78,6 +75,23 @@ async def chat_completions(request: Request) -> Response:
 async def completions(request: Request) -> Response:
     body = await request.body()
     return await _answer(request, "completions", body, _parse(CompletionRequest, body))
+
+
+@router.post("/responses", openapi_extra=_schema(ResponsesRequest), dependencies=[requires(Permission.INFER)])
+async def responses(request: Request) -> Response:
+    body = await request.body()
+    stated = _parse(ResponsesRequest, body)
+    try:
+        asked = stated.chat()
+    except ValidationError as invalid:
+        raise invalid_fields(invalid, ChatRequest) from None
+    answered = await _answered(request, "responses", body, asked)
+    engine, thinking = state_of(request).engine, answered.answer.thinking
+    parser = MessageParser(engine.dialect, thinking, calls=asked.tool_use is not None)
+    renderer = ResponsesRenderer(
+        _envelope(answered), stated, parser, engine.token_text, lambda text: len(engine.encode(text, chat=True))
+    )
+    return await _rendered(request, answered, renderer)
 
 
 @router.post("/embeddings", openapi_extra=_schema(EmbeddingsRequest), dependencies=[requires(Permission.INFER)])
@@ -125,10 +139,12 @@ async def _answered(request: Request, action: str, body: bytes, asked: Inference
 
 async def _answer(request: Request, action: str, body: bytes, asked: TextRequest) -> Response:
     answered = await _answered(request, action, body, asked)
-    renderer = _renderer(state_of(request), answered, asked)
-    return await (
-        _streamed(answered, renderer, asked, request) if asked.stream else _whole(request, answered, renderer)
-    )
+    return await _rendered(request, answered, _renderer(state_of(request), answered, asked))
+
+
+async def _rendered(request: Request, answered: Answered, renderer: Renderer) -> Response:
+    streamed = answered.question.request.stream
+    return await (_streamed(request, answered, renderer) if streamed else _whole(request, answered, renderer))
 
 
 async def _whole(request: Request, answered: Answered, renderer: WholeRenderer) -> Response:
@@ -146,20 +162,24 @@ async def _whole(request: Request, answered: Answered, renderer: WholeRenderer) 
     return Response(renderer.whole(texts, usage), media_type="application/json", headers=headers)
 
 
-async def _streamed(answered: Answered, renderer: Renderer, asked: TextRequest, request: Request) -> Response:
+async def _streamed(request: Request, answered: Answered, renderer: Renderer) -> Response:
     outbox = answered.answer.outbox
     with watch_disconnect(request.receive, outbox):
         first = await outbox.peek()
     if isinstance(first, Failure):  # nothing was sent yet: the status line can still say it
         raise first.error.with_headers(answered.headers)
-    return EventStream(outbox, renderer, asked.choices, answered.headers, include_usage=asked.include_usage)
+    return EventStream(outbox, renderer, answered.question.request.outputs, answered.headers)
+
+
+def _envelope(answered: Answered) -> Envelope:
+    question, answer = answered.question, answered.answer
+    return Envelope(question.request_id, answer.created, question.request.model, answer.fingerprint)
 
 
 def _renderer(state: AppState, answered: Answered, asked: TextRequest) -> Renderer:
-    question, answer = answered.question, answered.answer
-    envelope = Envelope(question.request_id, answer.created, asked.model, answer.fingerprint)
+    envelope = _envelope(answered)
     token_text, usage, logprobs = state.engine.token_text, asked.include_usage, asked.wants_logprobs
     if not isinstance(asked, ChatRequest):
         return CompletionRenderer(envelope, token_text, include_usage=usage, logprobs=logprobs)
-    readers = readers_of(asked, state.engine.dialect, answer.thinking, question.request_id)
+    readers = readers_of(asked, state.engine.dialect, answered.answer.thinking, envelope.request_id)
     return ChatRenderer(envelope, token_text, include_usage=usage, logprobs=logprobs, readers=readers)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.schemas.inference import ChatRequest, CompletionRequest
+from gateway.schemas.responses import ResponsesRequest
 from gateway.strict_json import parse_json
 
 InferenceRequest = ChatRequest | CompletionRequest | EmbeddingsRequest
 
-_BODIES: dict[str, type[ChatRequest] | type[CompletionRequest] | type[EmbeddingsRequest]] = {
+_BODIES: dict[str, type[InferenceRequest | ResponsesRequest]] = {
     "chat.completions": ChatRequest,
     "completions": CompletionRequest,
     "embeddings": EmbeddingsRequest,
+    "responses": ResponsesRequest,
 }
-ACTIONS = frozenset(_BODIES)
 
 
 def read_body(action: str, body: bytes) -> InferenceRequest:
@@ -21,4 +22,5 @@ def read_body(action: str, body: bytes) -> InferenceRequest:
 
     Raises: MalformedJson, ValidationError, KeyError: the action is not one.
     """
-    return _BODIES[action].model_validate(parse_json(body))
+    read = _BODIES[action].model_validate(parse_json(body))
+    return read.chat() if isinstance(read, ResponsesRequest) else read

@@ -30,6 +30,7 @@ class EmbeddingsRequest(BaseModel):
     dimensions: None = None
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
 
+    prompt_field: ClassVar[str] = "input"
     # What it asks of a policy.
     stream: ClassVar[bool] = False
     choices: ClassVar[int] = 1

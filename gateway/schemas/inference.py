@@ -302,6 +302,8 @@ class _InferenceBody(_Body):
 
 
 class ChatRequest(_InferenceBody):
+    prompt_field: ClassVar[str] = "messages"
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
@@ -366,6 +368,7 @@ class ChatRequest(_InferenceBody):
 
 
 class CompletionRequest(_InferenceBody):
+    prompt_field: ClassVar[str] = "prompt"
     _neutral: ClassVar[dict[str, tuple[object, ...]]] = _NEUTRAL | _NEUTRAL_WITHOUT_CHAT
 
     prompt: StrictStr | Annotated[list[StrictStr], Field(min_length=1, max_length=1)]

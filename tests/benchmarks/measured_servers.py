@@ -25,9 +25,11 @@ from engine.request import Engine, GenerationRequest, SamplingParams
 from gateway.admission import parse_json
 from gateway.answer import Outbox, Piece, Usage
 from gateway.app import create_app, load_model, server
+from gateway.rendering.chat import ChatRenderer
+from gateway.rendering.renderer import Envelope
 from gateway.schemas.inference import ChatRequest
 from gateway.settings import load_settings
-from gateway.streaming import ChatRenderer, Envelope, EventStream, collect
+from gateway.streaming import EventStream, collect
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tenant import activate_policy, credential, policy_text
 
@@ -85,7 +87,7 @@ def create_bare_app(engine: Engine) -> FastAPI:
         envelope = Envelope(request_id, int(time.time()), asked.model, engine.numeric_policy)
         renderer = ChatRenderer(envelope, engine.token_text, include_usage=asked.include_usage, logprobs=False)
         if asked.stream:
-            return EventStream(outbox, renderer, 1, {}, include_usage=asked.include_usage)
+            return EventStream(outbox, renderer, 1, {})
         collected = await collect(outbox, 1)
         assert collected is not None
         return Response(renderer.whole(*collected), media_type="application/json")

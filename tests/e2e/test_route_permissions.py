@@ -35,6 +35,7 @@ EXPECTED = {
     "GET /v1/receipts/{request_id}": Permission.READ_OWN_RECEIPTS,
     "POST /v1/chat/completions": Permission.INFER,
     "POST /v1/embeddings": Permission.INFER,
+    "POST /v1/responses": Permission.INFER,
     "POST /v1/completions": Permission.INFER,
 }
 

@@ -13,16 +13,10 @@ from engine.request import TokenLogprob
 from gateway import errors
 from gateway.answer import Event, Failure, Outbox, Piece, Usage
 from gateway.errors import ApiError
-from gateway.streaming import (
-    DONE,
-    ChatRenderer,
-    CompletionRenderer,
-    Envelope,
-    EventStream,
-    chunks,
-    collect,
-    watch_disconnect,
-)
+from gateway.rendering.chat import ChatRenderer
+from gateway.rendering.completions import CompletionRenderer
+from gateway.rendering.renderer import DONE, Envelope
+from gateway.streaming import EventStream, chunks, collect, watch_disconnect
 
 ENVELOPE = Envelope("0193f0c2-aaaa-7bbb-8ccc-0123456789ab", 1_763_668_980, "bank-chat", "sha256:" + "a" * 64)
 USAGE = Usage(7, 4, 3, "receipt")
@@ -56,8 +50,8 @@ def events_of(body: bytes) -> list[Any]:
     return [part if part == b"data: [DONE]" else orjson.loads(part[6:]) for part in parts]
 
 
-async def streamed(outbox: Outbox, renderer: Any, choices: int = 1, *, include_usage: bool = False) -> list[Any]:
-    return events_of(b"".join([part async for part in chunks(outbox, renderer, choices, include_usage=include_usage)]))
+async def streamed(outbox: Outbox, renderer: Any, choices: int = 1) -> list[Any]:
+    return events_of(b"".join([part async for part in chunks(outbox, renderer, choices)]))
 
 
 # --- streamed ---
@@ -84,7 +78,7 @@ async def test_a_chat_stream_opens_each_choice_carries_text_and_ends_with_done()
 
 async def test_usage_is_null_until_the_last_chunk_which_has_no_choices() -> None:
     outbox = filled(Piece(0, "a", (), "stop"), USAGE)
-    *events, last, done = await streamed(outbox, chat(include_usage=True), include_usage=True)
+    *events, last, done = await streamed(outbox, chat(include_usage=True))
     assert all(event["usage"] is None for event in events)
     assert last["choices"] == []
     assert last["usage"] == {
@@ -185,7 +179,7 @@ class Client:
 
 
 def response_to(outbox: Outbox) -> EventStream:
-    return EventStream(outbox, chat(), 1, {"probity-receipt": "r"}, include_usage=False)
+    return EventStream(outbox, chat(), 1, {"probity-receipt": "r"})
 
 
 async def test_an_event_stream_sends_its_head_its_events_and_its_end() -> None:
