@@ -35,6 +35,7 @@ class Usage:
     cached_tokens: int
     completion_tokens: int
     receipt: str  # of the closing record
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None  # of the prompt's tokens but the first, where asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ def _adjustments(sampling: SamplingParams) -> dict[str, Json]:
     stated |= {f"{name}_count": len(getattr(sampling, name)) for name in counts if getattr(sampling, name)}
     if sampling.structure is not None:
         stated["structure"] = str(sampling.structure.kind)  # itself it is content
+    if sampling.prompt_logprobs is not None:
+        stated["prompt_logprobs"] = sampling.prompt_logprobs
     if sampling.min_tokens:
         stated["min_tokens"] = sampling.min_tokens
     return stated

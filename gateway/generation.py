@@ -27,6 +27,8 @@ from engine.request import (
     GenerationRequest,
     GenerationStats,
     RequestRefused,
+    SamplingParams,
+    TokenLogprob,
     choice_seed,
 )
 from gateway import errors, spans
@@ -84,6 +86,7 @@ class Generation:
         self._suspended = suspended
         self._recorded = recorded
         self._first_token: float | None = None
+        self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
         self._choices = [_Choice(_request(grant, index, cache_salt), []) for index in range(question.request.outputs)]
         # A vector is no text that a guardrail could read.
         guardrails = () if isinstance(question.request, EmbeddingsRequest) else grant.obligations.guardrails
@@ -163,6 +166,7 @@ class Generation:
             if self._first_token is None and delta.tokens:
                 self._first_token = self._monotonic()
             choice.tokens.extend(delta.tokens)
+            self._prompt_logprobs += delta.prompt_logprobs
             if self.outbox.abandoned:  # it may have left before the engine knew the request
                 self._engine.abort(choice.request.request_id)
             text = delta.text if delta.embedding is None else b64encode(delta.embedding).decode()
@@ -199,6 +203,7 @@ class Generation:
                 cached_tokens=self._cached_tokens(),
                 completion_tokens=sum(len(choice.tokens) for choice in self._choices),
                 receipt=str(receipt),
+                prompt_logprobs=None if self._grant.sampling.prompt_logprobs is None else self._prompt_logprobs,
             )
         )
 
@@ -293,11 +298,18 @@ def _request(grant: Grant, index: int, cache_salt: bytes) -> GenerationRequest:
     return GenerationRequest(
         request_id=f"{grant.question.request_id}/{index}",
         prompt=grant.prompts[0 if pooling is None else index],
-        sampling=replace(grant.sampling, seed=choice_seed(grant.sampling.seed, index)),
+        sampling=_sampling(grant.sampling, index),
         cache_salt=cache_salt,
         fairness_key=cache_salt.hex(),
         pooling=pooling,
     )
+
+
+def _sampling(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Return the sampling of choice `index`. The prompt is the same for all; the first one looks at it."""
+    if index == 0:
+        return sampling
+    return replace(sampling, seed=choice_seed(sampling.seed, index), prompt_logprobs=None)
 
 
 def _named(error: Exception) -> ApiError:

@@ -452,6 +452,7 @@ def _sampling(request: TextRequest, obligations: Obligations, structure: Structu
         stop_tokens=request.stop_tokens,
         min_tokens=request.min_tokens or 0,
         structure=structure,
+        prompt_logprobs=request.prompt_logprobs,
         logprobs=request.wants_logprobs,
         top_logprobs=request.alternatives,
     )

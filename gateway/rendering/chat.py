@@ -11,7 +11,7 @@ from engine.request import TokenLogprob
 from gateway.answer import Piece, Usage
 from gateway.errors import ApiError
 from gateway.message import MessageReader
-from gateway.rendering.renderer import DONE, Envelope, sse, sse_error, usage_counts
+from gateway.rendering.renderer import DONE, Envelope, prompt_logprobs, sse, sse_error, usage_counts
 from gateway.trail import TokenText
 
 
@@ -93,7 +93,7 @@ class ChatRenderer:
                 }
             )
         body = self._head | {"object": "chat.completion", "choices": choices, "usage": usage_counts(usage)}
-        return orjson.dumps(body)
+        return orjson.dumps(body | prompt_logprobs(usage, self._token_text))
 
     def _logprob_content(self, entries: tuple[TokenLogprob, ...]) -> dict[str, Any]:
         def one(token: int, logprob: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import orjson
 from engine.request import TokenLogprob
 from gateway.answer import Piece, Usage
 from gateway.errors import ApiError
-from gateway.rendering.renderer import DONE, Envelope, sse, sse_error, usage_counts
+from gateway.rendering.renderer import DONE, Envelope, prompt_logprobs, sse, sse_error, usage_counts
 from gateway.trail import TokenText
 
 
@@ -45,6 +45,7 @@ class CompletionRenderer:
 
     def whole(self, texts: list[list[Piece]], usage: Usage) -> bytes:
         choices = [self._choice(index, pieces) for index, pieces in enumerate(texts)]
+        choices[0] |= prompt_logprobs(usage, self._token_text)
         return orjson.dumps(self._head | {"choices": choices, "usage": usage_counts(usage)})
 
     def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:

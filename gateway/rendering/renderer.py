@@ -10,6 +10,7 @@ import orjson
 
 from gateway.answer import Piece, Usage
 from gateway.errors import ApiError
+from gateway.trail import TokenText
 
 DONE = b"data: [DONE]\n\n"
 
@@ -57,6 +58,20 @@ def usage_counts(usage: Usage) -> dict[str, Any]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+
+
+def prompt_logprobs(usage: Usage, token_text: TokenText) -> dict[str, Any]:
+    """Return the member that vLLM established: for each token of the prompt those that were likeliest there, and it."""
+    if usage.prompt_logprobs is None:
+        return {}
+    entries = [
+        {
+            str(token): {"logprob": logprob, "decoded_token": token_text(token).decode(errors="replace")}
+            for token, logprob in (*one.top, (one.token, one.logprob))
+        }
+        for one in usage.prompt_logprobs
+    ]
+    return {"prompt_logprobs": [None, *entries]}
 
 
 def sse_error(error: ApiError) -> bytes:

@@ -205,6 +205,7 @@ class _InferenceBody(_Body):
     min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None
     allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
@@ -244,6 +245,8 @@ class _InferenceBody(_Body):
     def _stream_options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("`stream_options` is only allowed with `stream`")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("`prompt_logprobs` is not allowed with `stream`")
         return self
 
     @property

@@ -205,6 +205,26 @@ def test_what_bends_the_choice_of_tokens_is_honoured_on_record_and_replayed(
         assert (replayed["mode"], replayed["outcome"]) == (mode, "identical")
 
 
+def test_log_probabilities_of_the_prompt_are_of_its_own_tokens(client: openai.OpenAI, auditor: Hand) -> None:
+    asked: dict[str, Any] = {"seed": 5, "extra_body": {"prompt_logprobs": 2}, "n": 2, **SHORT}
+    response = ask_raw(client, QUESTION, **asked)
+    answer = response.parse()
+    (first, *others) = answer.prompt_logprobs
+    assert first is None
+    assert len(others) == answer.usage.prompt_tokens - 1
+    spelt = "".join(list(entry.values())[-1]["decoded_token"] for entry in others)
+    assert QUESTION in spelt
+    for entry in others:
+        ranked = [one["logprob"] for one in list(entry.values())[:2]]
+        assert ranked == sorted(ranked, reverse=True)
+    assert ask(client, QUESTION, **asked).prompt_logprobs == answer.prompt_logprobs  # not taken from the cache
+    assert story(auditor, response.headers["x-request-id"])["sampling"]["prompt_logprobs"] == 2
+    plain = client.completions.create(model=MODEL, prompt=QUESTION, max_tokens=1, extra_body={"prompt_logprobs": 0})
+    assert all(len(entry) == 1 for entry in plain.choices[0].prompt_logprobs[1:])  # type: ignore[attr-defined]
+    with pytest.raises(openai.BadRequestError, match="`stream`"):
+        ask(client, QUESTION, stream=True, extra_body={"prompt_logprobs": 1})
+
+
 def test_a_token_that_the_model_does_not_have_is_refused_by_the_field_s_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, QUESTION, **SHORT, logit_bias={"999999": 1})
