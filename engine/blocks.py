@@ -2,7 +2,8 @@
 
 A block is in exactly one of three states:
     free    nobody holds it, nothing worth keeping is in it
-    cached  nobody holds it, but its contents can be found again by their key; evicted least recently used first
+    cached  nobody holds it, but its contents can be found again by their key; evicted least recently used first, of
+            whoever asks for room and has more than a share of the cache, else of all
     used    held by `references` ≥ 1 sequences; may carry a key as well
 
 Only full blocks carry a key. The key of a block is a SHA-256 chain over everything before it, rooted in the cache
@@ -69,7 +70,11 @@ def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class BlockPool:
-    """Bookkeeping of `total` blocks, ids 0 … total − 1. Every operation is O(blocks it is handed)."""
+    """Bookkeeping of `total` blocks, ids 0 … total − 1. Every operation is O(blocks it is handed).
+
+    Blocks are asked for and cached under an owner, the salt: who fills the cache beyond a share, of as many as there
+    are owners in it, makes room from its own, and a flood of one leaves the others' prefixes where they are.
+    """
 
     def __init__(self, total: int) -> None:
         if total < 1:
@@ -77,6 +82,8 @@ class BlockPool:
         self.total = total
         self._free: deque[int] = deque(range(total))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._cached_by: dict[bytes, OrderedDict[int, None]] = {}  # the same by owner, none empty
+        self._owner_of: list[bytes] = [b""] * total  # of blocks with a key
         self._references = [0] * total
         self._key_of: list[bytes | None] = [None] * total
         self._block_of: dict[bytes, int] = {}
@@ -102,14 +109,14 @@ class BlockPool:
         """Return whether nobody holds `block`: sharing it takes one from `available`."""
         return self._references[block] == 0
 
-    def allocate(self, count: int) -> list[int]:
+    def allocate(self, count: int, owner: bytes = b"") -> list[int]:
         """Return `count` blocks of undefined contents, each held once. Evicts the oldest cached blocks if it must.
 
         Raises: BlocksExhausted; nothing was taken.
         """
         if count > self.available:
             raise BlocksExhausted(f"{count} blocks asked for, {self.available} available")
-        blocks = [self._free.popleft() if self._free else self._evict() for _ in range(count)]
+        blocks = [self._free.popleft() if self._free else self._evict(owner) for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
         return blocks
@@ -124,11 +131,11 @@ class BlockPool:
             if self._references[block] == 0:
                 if block not in self._cached:
                     raise BlocksMisused(f"block {block} is free and cannot be shared")
-                del self._cached[block]
+                self._uncache(block)
             self._references[block] += 1
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Make the full, written `block` findable by `key`.
+    def publish(self, block: int, key: bytes, owner: bytes = b"") -> None:
+        """Make the full, written `block` findable by `key`, which is rooted in `owner`.
 
         Where another block already answers to `key` (two sequences computed the same at the same time), that one stays
         and this one remains private to its holder.
@@ -139,6 +146,20 @@ class BlockPool:
             return
         self._block_of[key] = block
         self._key_of[block] = key
+        self._owner_of[block] = owner
+
+    def forget(self, owner: bytes) -> int:
+        """Let nothing that `owner` published be found again; return how many blocks that were.
+
+        Cost: O(total).
+        """
+        found = [block for block in self._block_of.values() if self._owner_of[block] == owner]
+        for block in found:
+            if self._references[block] == 0:
+                self._uncache(block)
+                self._free.append(block)
+            self._unpublish(block)
+        return len(found)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Let go of each of `blocks`, a sequence's table in order, once.
@@ -156,14 +177,29 @@ class BlockPool:
                 self._free.append(block)
             else:
                 self._cached[block] = None
+                self._cached_by.setdefault(self._owner_of[block], OrderedDict())[block] = None
 
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+    def _evict(self, owner: bytes) -> int:
+        """Take the oldest cached block for `owner`: of its own, where it has more than its share of them."""
+        own = self._cached_by.get(owner, OrderedDict())
+        crowded = len(own) * len(self._cached_by) > len(self._cached)
+        block = next(iter(own if crowded else self._cached))
+        self._uncache(block)
+        self._unpublish(block)
+        return block
+
+    def _uncache(self, block: int) -> None:
+        del self._cached[block]
+        owner = self._owner_of[block]
+        del self._cached_by[owner][block]
+        if not self._cached_by[owner]:
+            del self._cached_by[owner]
+
+    def _unpublish(self, block: int) -> None:
         key = self._key_of[block]
         if key is not None:
             del self._block_of[key]
             self._key_of[block] = None
-        return block
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> tuple[Finding, ...]:
         """Return what does not add up; empty means sound. `tables` are those of every sequence holding blocks.
@@ -180,6 +216,9 @@ class BlockPool:
             yield Finding(Defect.COUNT, None, f"{counts} are not {self.total} blocks")
         for block in sorted((free & cached) | (free & used) | (cached & used)):
             yield Finding(Defect.OVERLAP, block, f"block {block} is in two states at once")
+        owned = [block for blocks in self._cached_by.values() for block in blocks]
+        if len(owned) != len(cached) or set(owned) != cached:
+            yield Finding(Defect.COUNT, None, "the blocks cached by owner are not the cached blocks")
         for block in sorted(cached):
             if self._key_of[block] is None:
                 yield Finding(Defect.ORPHAN, block, f"block {block} is cached without a key")

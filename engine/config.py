@@ -31,6 +31,7 @@ class EngineConfig:
     max_sequences: int = 64  # sequences in one step, ≥ 1
     max_tokens_per_step: int = 512  # ≥ max_sequences
     max_waiting: int = 256  # sequences that may wait, ≥ 0
+    max_per_key: int | None = None  # sequences of one tenant in flight, ≥ 1; None: three quarters of all
     context_length: int | None = None  # ≥ 2; None: the model's own
     stuck_after_s: float = 60.0  # > 0
 
@@ -39,6 +40,8 @@ class EngineConfig:
         wrong = [f"`{name}` must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
         if self.threads is not None and self.threads < 1:
             wrong.append("`threads` must be at least 1")
+        if self.max_per_key is not None and self.max_per_key < 1:
+            wrong.append("`max_per_key` must be at least 1")
         if self.context_length is not None and self.context_length < 2:
             wrong.append("`context_length` must be at least 2")
         if self.max_tokens_per_step < self.max_sequences:

@@ -79,6 +79,10 @@ class EngineCore:
         self._end(generation, FinishReason.ABORT)
         return Emission(request_id, delta)
 
+    def reset_cache(self, cache_salt: bytes) -> None:
+        """Let nothing be found again that was cached under a salt."""
+        self.scheduler.pool.forget(cache_salt)
+
     def step(self) -> list[Emission]:
         """Carry out one step; return what it added, at most one emission per request. Empty when nothing is in flight.
 

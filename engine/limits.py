@@ -20,6 +20,8 @@ MAX_ALLOWED_TOKENS = 1024
 MAX_STOP_TOKENS = 16
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0
+MAX_WEIGHT = 1000
+MAX_PRIORITY = 1000
 
 
 class LimitsInvalid(ValueError):
@@ -34,6 +36,7 @@ class EngineLimits:
     token_budget: int  # tokens computed in one step, ≥ max_sequences, so that every decode gets its one
     chunk_tokens: int  # most prompt tokens of one sequence in one step, ≥ 1; token_budget caps it further
     waiting_limit: int  # sequences that may wait beside the running ones, ≥ 0
+    key_limit: int  # sequences of one key, waiting and running, ≥ 1
 
     def __post_init__(self) -> None:
         lowest = {"context_length": 2, "vocabulary_size": 2, "waiting_limit": 0}
@@ -64,6 +67,8 @@ def refuse_impossible(request: GenerationRequest, limits: EngineLimits, block_co
     refuse_sampling(request.sampling)
     _refuse_token_ids(request.sampling, limits)
     _refuse_forced(request, limits)
+    _require(1 <= request.weight <= MAX_WEIGHT, "weight", f"between 1 and {MAX_WEIGHT}")
+    _require(abs(request.priority) <= MAX_PRIORITY, "priority", f"between -{MAX_PRIORITY} and {MAX_PRIORITY}")
     _require(not (request.forced and request.pooling), "forced", "left out where a vector is wanted")
     total = min(len(request.prompt) + request.sampling.max_tokens, limits.context_length)
     # The last token is sampled but never computed on, so it takes no slot.

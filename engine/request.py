@@ -125,6 +125,8 @@ class GenerationRequest:
     sampling: SamplingParams
     cache_salt: bytes  # server-derived; blocks of one salt are never visible to another
     fairness_key: str
+    weight: int = 1  # of the key among others, 1 … 1000; the latest request's counts
+    priority: int = 0  # within the key, −1000 … 1000: the lower goes first
     # An output to go through instead of generating one, at most `max_tokens` long. For every position the deltas tell
     # which token would have been sampled after the ones before it, and its logprob; they bring no text. See replay.py.
     forced: tuple[int, ...] = ()
@@ -259,6 +261,10 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_id: str) -> None: ...
+
+    def reset_cache(self, cache_salt: bytes) -> None:
+        """Let nothing be found again that was cached under a salt. Returns at once; the next step knows."""
+        ...
 
     def health(self) -> EngineHealth: ...
 

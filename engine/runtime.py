@@ -122,11 +122,12 @@ class EngineRuntime:
         self._times = times or RuntimeTimes()
         self._clock = clock
         self._lock = threading.Lock()
-        self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next four
+        self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next five
         self._pending_since = clock()  # when `_in_flight` last ceased to be empty
         self._death: str | None = None  # why nothing is generated any more
         self._draining = False
         self._drained: Future[None] = Future()
+        self._to_forget: set[bytes] = set()  # salts
         self._inbox: queue.Queue[_Message] = queue.Queue(2 * self._limits.in_flight + 1)
         self._last_step = clock()  # written by the step thread, as are the next two
         self._findings = 0
@@ -204,6 +205,10 @@ class EngineRuntime:
             stream = self._in_flight.get(request_id)
         if stream is not None:
             self._send_abort(stream)
+
+    def reset_cache(self, cache_salt: bytes) -> None:
+        with self._lock:
+            self._to_forget.add(cache_salt)
 
     def health(self) -> EngineHealth:
         snapshot = self._snapshot
@@ -329,7 +334,14 @@ class EngineRuntime:
                 return False
             self._handle(message)
             message = self._poll()
+        self._reset_caches()
         return True
+
+    def _reset_caches(self) -> None:
+        with self._lock:
+            salts, self._to_forget = self._to_forget, set()
+        for salt in salts:
+            self._core.reset_cache(salt)
 
     def _first_message(self) -> _Message | None:
         if self._core.has_work:

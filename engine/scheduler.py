@@ -1,12 +1,17 @@
 """Scheduler: who computes how many tokens in the next step. Knows blocks and sequences; no tensors, text or time.
 
-Whose turn it is to begin, the waiting queue says (waiting.py): fair between keys. From then on the order of turns is
-the only order: what was given its turn earlier is older. Every step serves, in that order,
+Whose turn it is to begin, the waiting queue says (waiting.py): fair between keys. Who began earlier is older. Every
+step serves, oldest first,
     1. each running sequence: one token if it decodes, a chunk of its prompt if it prefills;
     2. waiting sequences, admitted while sequences, budget and blocks last.
-When blocks run out, the youngest running sequence is preempted: it gives up its blocks, goes before all who wait, and
+When blocks run out, the youngest running sequence is preempted: it gives up its blocks, waits for another turn, and
 later recomputes prompt and output so far; tokens already emitted are fixed. The oldest therefore always advances, and
-since a request that does not fit an empty pool was refused, everything finishes.
+since a request that does not fit an empty pool was refused, everything finishes. Keys that have prompts to read share
+the budget for them by weight.
+
+A key does not wait for another's flood to end: where it is owed a place and none is free, the youngest sequence of the
+key with the most of them is preempted, never a key's last; and in every other step, while a key within its share has a
+prompt to read, those above theirs pause.
 
 Source: Kwon et al., SOSP 2023 (preemption by recomputation); Agrawal et al., OSDI 2024 (chunked prefill beside decode).
 """
@@ -39,8 +44,8 @@ class Scheduler:
         self._eos_ids = eos_ids
         self.counters = SchedulerCounters()
         self._running: list[Sequence] = []  # oldest first
-        self._waiting = WaitingQueue()
-        self._turns = 0  # given so far
+        self._waiting = WaitingQueue(limits.max_sequences)
+        self._paused = False  # some keys, in this step
         self.admitted: list[Sequence] = []  # by the latest plan
         self._planned: list[tuple[Sequence, RowPlan]] = []  # what the step under way computes
         self._filling: set[bytes] = set()  # keys of the blocks that prefills of the step under way will fill
@@ -60,7 +65,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> Iterable[Sequence]:
-        """Every sequence in flight: running, oldest first; preempted, oldest first; those that had no turn yet."""
+        """Every sequence in flight: running, oldest first, then those that wait."""
         yield from self._running
         yield from self._waiting
 
@@ -72,6 +77,8 @@ class Scheduler:
         refuse_impossible(request, self.limits, self.pool.total)
         if self.running + self.waiting >= self.limits.in_flight:
             raise EngineOverloaded(f"{self.limits.in_flight} requests are in flight; try again later")
+        if self._waiting.in_flight(request.fairness_key) >= self.limits.key_limit:
+            raise EngineOverloaded(f"{self.limits.key_limit} requests of this caller are in flight; try again later")
         sequence = Sequence(request, self._arrivals, self._eos_ids, grammar)
         refuse_choiceless(request.sampling, sequence.ending, self.limits)
         self._arrivals += 1
@@ -85,9 +92,13 @@ class Scheduler:
         self._preempted = False
         self.admitted = []
         self._filling.clear()
+        self._make_room()
+        self._paused = not self._paused and self._someone_reads()
         rows: list[RowPlan] = []
-        budget = self._plan_running(rows)
-        self._plan_waiting(rows, budget)
+        self._plan_waiting(rows, self._plan_running(rows))
+        if not rows and self._paused:  # who was waited for could not begin
+            self._paused = False
+            self._plan_waiting(rows, self._plan_running(rows))
         return StepPlan(tuple(rows)) if rows else None
 
     def commit(self, result: StepResult) -> list[tuple[Sequence, tuple[TokenLogprob, ...]]]:
@@ -132,31 +143,90 @@ class Scheduler:
             sequence.status = SequenceStatus.FINISHED
 
     def preempt_youngest(self) -> Sequence:
-        """Put the youngest running sequence before all who wait, without its blocks."""
-        sequence = self._running.pop()
+        """Have the youngest running sequence wait for another turn, without its blocks."""
+        sequence = self._running[-1]
+        self._preempt(sequence)
+        self._preempted = True
+        return sequence
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
         self.pool.release(sequence.give_up_blocks(SequenceStatus.WAITING))
         sequence.preemptions += 1
         self.counters.preemptions += 1
         self._waiting.put_back(sequence)
         self._refused = None
-        self._preempted = True
-        return sequence
+
+    def _make_room(self) -> None:
+        """Take places, and blocks, for who is next and owed one from who has more than a share."""
+        if not self._waiting:
+            return
+        newcomer = self._waiting.next()
+        while self._waiting.is_owed(newcomer) and self._lacks_room(newcomer):
+            above = [one for one in reversed(self._running) if self._waiting.is_above_share(one)]
+            if not above:
+                return
+            self._preempt(max(above, key=self._waiting.excess))  # of equals the first: the youngest
+
+    def _lacks_room(self, sequence: Sequence) -> bool:
+        if self.running >= self.limits.max_sequences:
+            return True
+        hits = self._find_prefix(sequence)
+        return not self._would_repeat(sequence, len(hits)) and not self._fits(sequence, hits)
+
+    def _someone_reads(self) -> bool:
+        """Return whether a prompt of a key within its share is to be read while others have more than theirs."""
+        if not any(self._waiting.is_above_share(sequence) for sequence in self._running):
+            return False
+        reading = [sequence for sequence in self._running if sequence.drawn == 0]
+        if self._waiting and self.running < self.limits.max_sequences:
+            reading.append(self._waiting.next())
+        return any(not self._waiting.is_above_share(sequence) for sequence in reading)
+
+    def _pauses(self, sequence: Sequence) -> bool:
+        return self._paused and self._waiting.is_above_share(sequence)
 
     def _plan_running(self, rows: list[RowPlan]) -> int:
         """Plan every running sequence that gets tokens; return the budget left over."""
-        decoding = sum(1 for sequence in self._running if sequence.pending == 1)
+        decoding = sum(1 for sequence in self._running if sequence.pending == 1 and not self._pauses(sequence))
         budget = self.limits.token_budget - decoding  # their tokens are set aside: a prefill never starves a decode
+        allotted = self._allot(budget)
         index = 0
         while index < len(self._running):  # preemption shortens the list, at its end, while we walk it
             sequence = self._running[index]
+            if self._pauses(sequence):
+                index += 1
+                continue
             count = 1
             if sequence.pending > 1:
-                count = min(sequence.pending, self._chunk(sequence), budget)
+                key = sequence.request.fairness_key
+                count = min(sequence.pending, self._chunk(sequence), budget, allotted[key])
+                allotted[key] -= count
                 budget -= count
             if count and not self._plan_row(sequence, count, rows):
                 break
             index += 1
         return budget
+
+    def _allot(self, budget: int) -> dict[str, int]:
+        """Return how many tokens of prompts each key may have computed in this step: what it wants, or, by weight, a
+        share of what is left by those who want less. Of who waits, the next one's are set aside."""
+        readers = [one for one in self._running if one.pending > 1 and not self._pauses(one)]
+        if self._waiting and self.running < self.limits.max_sequences:
+            readers.append(self._waiting.next())
+        wanted: dict[str, int] = {}
+        weights: dict[str, int] = {}
+        for one in readers:
+            key = one.request.fairness_key
+            wanted[key] = wanted.get(key, 0) + min(one.pending, self._chunk(one))
+            weights[key] = one.request.weight
+        allotted = {}
+        total = sum(weights.values())
+        for key in sorted(wanted, key=lambda key: wanted[key] / weights[key]):
+            allotted[key] = min(wanted[key], budget, max(1, budget * weights[key] // total))
+            budget -= allotted[key]
+            total -= weights[key]
+        return allotted
 
     def _chunk(self, sequence: Sequence) -> int:
         """Return the most tokens of `sequence` in one step. Where the whole vocabulary is looked at after each of them
@@ -174,7 +244,7 @@ class Scheduler:
             while self.pool.available < missing:
                 if self.preempt_youngest() is sequence:
                     return False
-            sequence.extend(self.pool.allocate(missing))
+            sequence.extend(self.pool.allocate(missing, sequence.request.cache_salt))
         if count > 1:
             filled = range(sequence.computed // BLOCK_SIZE, (sequence.computed + count) // BLOCK_SIZE)
             self._filling.update(sequence.key(index) for index in filled)
@@ -186,7 +256,7 @@ class Scheduler:
     def _plan_waiting(self, rows: list[RowPlan], budget: int) -> None:
         while self._waiting and budget > 0 and self.running < self.limits.max_sequences and not self._preempted:
             sequence = self._waiting.next()
-            if not self._admit(sequence):
+            if self._pauses(sequence) or not self._admit(sequence):
                 return
             count = min(sequence.pending, self._chunk(sequence), budget)
             budget -= count
@@ -203,16 +273,12 @@ class Scheduler:
         hits = self._find_prefix(sequence)
         if self._would_repeat(sequence, len(hits)):
             return False
-        idle = sum(1 for block in hits if self.pool.is_idle(block))
-        if self.pool.available - idle < blocks_for(len(sequence.tokens)) - len(hits) + self.running:
+        if not self._fits(sequence, hits):
             self._refused = (sequence, self.pool.available)
             return False
         self.pool.share(hits)
         self._waiting.pop(sequence)
         self._refused = None
-        if sequence.turn is None:
-            sequence.turn = self._turns
-            self._turns += 1
         if sequence.cached_tokens is None:
             self.counters.prefix_cache_queries += sequence.prompt_length
             self.counters.prefix_cache_hits += len(hits) * BLOCK_SIZE
@@ -220,6 +286,11 @@ class Scheduler:
         self._running.append(sequence)
         self.admitted.append(sequence)
         return True
+
+    def _fits(self, sequence: Sequence, hits: list[int]) -> bool:
+        """Return whether there are blocks for all that `sequence` knows so far, `hits` among them."""
+        idle = sum(1 for block in hits if self.pool.is_idle(block))
+        return self.pool.available - idle >= blocks_for(len(sequence.tokens)) - len(hits) + self.running
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
         """Return the cached blocks of the longest known prefix, always short of the last token: it is sampled from."""
@@ -243,7 +314,7 @@ class Scheduler:
         full = sequence.computed // BLOCK_SIZE
         while sequence.published < full:
             index = sequence.published
-            self.pool.publish(sequence.blocks[index], sequence.key(index))
+            self.pool.publish(sequence.blocks[index], sequence.key(index), sequence.request.cache_salt)
             sequence.published += 1
 
     def unfilled_slots(self) -> int:
@@ -256,10 +327,8 @@ class Scheduler:
         return (*pool, *self._check_queues(), *self._check_tables())
 
     def _check_queues(self) -> Iterable[Finding]:
-        turns = [sequence.turn for sequence in self.sequences]
-        given = [turn for turn in turns if turn is not None]
-        if given != sorted(set(given)) or turns[: len(given)] != given:
-            yield Finding(Defect.QUEUE, None, "sequences do not stand in the order of their turns")
+        if self._waiting.running != self.running:
+            yield Finding(Defect.QUEUE, None, "the keys do not run as many sequences as there are")
         for expected, queue in ((SequenceStatus.RUNNING, self._running), (SequenceStatus.WAITING, self._waiting)):
             for sequence in queue:
                 if sequence.status is not expected:

@@ -44,7 +44,6 @@ class Sequence:
         "scored",
         "status",
         "tokens",
-        "turn",
     )
 
     def __init__(
@@ -57,7 +56,6 @@ class Sequence:
         sampling = request.sampling
         self.request = request
         self.arrival = arrival  # order of arrival
-        self.turn: int | None = None  # order of first admission; lower is older; None: it had none yet
         self.tokens: list[int] = [*request.prompt, *request.forced[:-1]]  # after its last token nothing is looked for
         self.prompt_length = len(request.prompt)
         self.computed = 0  # tokens whose keys and values lie in the blocks

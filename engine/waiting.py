@@ -1,9 +1,11 @@
-"""The waiting queue: whose turn it is. Fair between keys, first come first served within one.
+"""Turns: whose sequence runs next. Fair between keys; within one by priority, then first come first served.
 
-Every key has a count of the tokens that were computed for it; the key with the lowest count is next, the one that waits
-longest among equals. So a key that asks for much waits for itself, and one that asks for little is served at once. A
-key that comes, or comes back, begins at the lowest count there is: a pause earns nothing. What was preempted goes
-before all others, oldest first: it had its turn.
+A key's share of the places is as its weight among the keys in flight. Who waits with fewer than that is owed one and
+goes first; who has more may have to give one back (scheduler.py). So a key that asks for much waits for itself, and one
+that asks for little is served at once.
+
+Beyond that the key goes next for which the fewest tokens were computed, by weight. A key that comes, or comes back,
+begins at the lowest count there is: a pause earns nothing.
 
 Counts are kept of keys that have sequences in flight, so they are bounded by these. Knows no blocks and no steps.
 
@@ -12,68 +14,110 @@ Source: Sheng et al., OSDI 2024 (virtual token counter).
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
 
 
+@dataclass(slots=True)
+class _Key:
+    """What is known of one key in flight."""
+
+    weight: int
+    count: float  # tokens computed, by weight
+    waiting: list[Sequence] = field(default_factory=list)  # whose turn is first stands first
+    in_flight: int = 0  # sequences, waiting or running
+
+    @property
+    def running(self) -> int:
+        return self.in_flight - len(self.waiting)
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.request.priority, sequence.arrival
+
+
 class WaitingQueue:
-    def __init__(self) -> None:
-        self._preempted: deque[Sequence] = deque()  # oldest first
-        self._by_key: dict[str, deque[Sequence]] = {}  # keys that wait, each oldest first, none empty
-        self._counts: dict[str, int] = {}  # tokens, of keys in flight
-        self._in_flight: dict[str, int] = {}  # sequences, waiting or running
+    def __init__(self, places: int) -> None:
+        """`places`: sequences that run at once."""
+        self._places = places
+        self._keys: dict[str, _Key] = {}  # in flight
 
     def __len__(self) -> int:
-        return len(self._preempted) + sum(map(len, self._by_key.values()))
+        return sum(len(key.waiting) for key in self._keys.values())
 
     def __iter__(self) -> Iterator[Sequence]:
-        """Yield what was preempted, then each key's, in no order of keys."""
-        yield from self._preempted
-        for waiting in self._by_key.values():
-            yield from waiting
+        """Yield each key's in the order of their turns, in no order of keys."""
+        for key in self._keys.values():
+            yield from key.waiting
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence; from now on its key is in flight, until `leave`."""
-        key = sequence.request.fairness_key
-        if key not in self._counts:
-            self._counts[key] = min(self._counts.values(), default=0)
-            self._in_flight[key] = 0
-        self._in_flight[key] += 1
-        self._by_key.setdefault(key, deque()).append(sequence)
+        name = sequence.request.fairness_key
+        if name not in self._keys:
+            lowest = min((key.count for key in self._keys.values()), default=0.0)
+            self._keys[name] = _Key(sequence.request.weight, lowest)
+        key = self._keys[name]
+        key.weight = sequence.request.weight
+        key.in_flight += 1
+        insort(key.waiting, sequence, key=_turn)
 
     def put_back(self, sequence: Sequence) -> None:
-        """Queue a sequence that was preempted: before all others, and before those preempted before it."""
-        self._preempted.appendleft(sequence)
+        """Queue a sequence that was preempted: before all of its key that came later."""
+        insort(self._key(sequence).waiting, sequence, key=_turn)
 
     def next(self) -> Sequence:
         """Return whose turn it is; there must be one."""
-        if self._preempted:
-            return self._preempted[0]
-        waiting = min(self._by_key.values(), key=lambda queue: (self._count(queue[0]), queue[0].arrival))
-        return waiting[0]
+        waiting = [key for key in self._keys.values() if key.waiting]
+        return min(waiting, key=self._order).waiting[0]
+
+    def _order(self, key: _Key) -> tuple[bool, float, int]:
+        return key.running >= self._share(key), key.count, key.waiting[0].arrival
 
     def pop(self, sequence: Sequence) -> None:
         """Take out a sequence that waits, wherever it stands."""
-        if sequence in self._preempted:
-            self._preempted.remove(sequence)
-            return
-        key = sequence.request.fairness_key
-        self._by_key[key].remove(sequence)
-        if not self._by_key[key]:
-            del self._by_key[key]
+        self._key(sequence).waiting.remove(sequence)
 
     def charge(self, sequence: Sequence, tokens: int) -> None:
         """Note that tokens were computed for a sequence in flight."""
-        self._counts[sequence.request.fairness_key] += tokens
+        key = self._key(sequence)
+        key.count += tokens / key.weight
 
     def leave(self, sequence: Sequence) -> None:
         """Note that a sequence is in flight no more; it does not wait."""
-        key = sequence.request.fairness_key
-        self._in_flight[key] -= 1
-        if not self._in_flight[key]:
-            del self._in_flight[key], self._counts[key]
+        key = self._key(sequence)
+        key.in_flight -= 1
+        if not key.in_flight:
+            del self._keys[sequence.request.fairness_key]
 
-    def _count(self, sequence: Sequence) -> int:
-        return self._counts[sequence.request.fairness_key]
+    @property
+    def running(self) -> int:
+        """How many sequences in flight do not wait."""
+        return sum(key.running for key in self._keys.values())
+
+    def in_flight(self, name: str) -> int:
+        """Return how many sequences of a key wait or run."""
+        return self._keys[name].in_flight if name in self._keys else 0
+
+    def is_owed(self, sequence: Sequence) -> bool:
+        """Return whether the key of `sequence` has fewer places than its share."""
+        key = self._key(sequence)
+        return key.running < self._share(key)
+
+    def is_above_share(self, sequence: Sequence) -> bool:
+        """Return whether the key of `sequence` has more places than its share."""
+        key = self._key(sequence)
+        return key.running > self._share(key)
+
+    def _share(self, key: _Key) -> int:
+        return max(1, self._places * key.weight // sum(other.weight for other in self._keys.values()))
+
+    def excess(self, sequence: Sequence) -> float:
+        """Return how many places the key of `sequence` has, by weight."""
+        key = self._key(sequence)
+        return key.running / key.weight
+
+    def _key(self, sequence: Sequence) -> _Key:
+        return self._keys[sequence.request.fairness_key]

@@ -40,6 +40,7 @@ def make_core(decoder: Decoder, sequences: int, flood: int) -> EngineCore:
         token_budget=BUDGET,
         chunk_tokens=BUDGET,
         waiting_limit=flood + 8,
+        key_limit=flood + 16,
     )
     runner = ModelRunner(decoder, blocks_in(512, config))
     return EngineCore(runner, limits, eos_ids=frozenset({EOS}), detokenizer_for=detokenizer_for)

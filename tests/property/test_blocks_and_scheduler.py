@@ -21,6 +21,8 @@ from engine.request import EngineOverloaded, GenerationRequest, Pooling, Request
 from engine.sequence import Sequence, SequenceStatus
 from tests.support.engine_core import Output, make_core, make_request, run_all, take
 
+OWNERS = (b"a", b"b", b"c")
+
 
 class PoolMachine(RuleBasedStateMachine):
     """The pool against a naive one: what each block holds, who holds it, and in which order it was let go."""
@@ -31,19 +33,27 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[list[int]] = []
         self.contents: dict[int, bytes] = {}  # block → key it was published under, as long as it may be found
         self.idle: list[int] = []  # published blocks nobody holds, oldest first
+        self.owners: dict[int, bytes] = {}  # of `contents`
         self.keys = 0
 
     def held(self, block: int) -> int:
         return sum(table.count(block) for table in self.tables)
 
-    @rule(data=st.data())
-    def allocate(self, data: st.DataObject) -> None:
+    def oldest_for(self, owner: bytes) -> int:
+        own = [block for block in self.idle if self.owners[block] == owner]
+        share = len(self.idle) / len({self.owners[block] for block in self.idle})
+        return own[0] if len(own) > share else self.idle[0]
+
+    @rule(data=st.data(), owner=st.sampled_from(OWNERS))
+    def allocate(self, data: st.DataObject, owner: bytes) -> None:
         count = data.draw(st.integers(0, self.pool.available))
         free = self.pool.free
-        blocks = self.pool.allocate(count)
-        evicted = self.idle[: max(0, count - free)]
-        assert evicted == [block for block in blocks if block in self.idle]  # the oldest, and no other
+        idle = list(self.idle)
+        blocks = self.pool.allocate(count, owner)
+        evicted = [block for block in blocks if block in idle]
+        assert len(evicted) == max(0, count - free)
         for block in evicted:
+            assert block == self.oldest_for(owner)
             self.idle.remove(block)
             assert self.pool.find(self.contents.pop(block)) is None
         assert all(self.held(block) == 0 for block in blocks)
@@ -57,9 +67,19 @@ class PoolMachine(RuleBasedStateMachine):
         key = str(self.keys).encode()
         if known and self.contents:  # another sequence computed the same
             key = data.draw(st.sampled_from(sorted(self.contents.values())))
-        self.pool.publish(block, key)
+        owner = OWNERS[self.keys % len(OWNERS)]
+        self.pool.publish(block, key, owner)
         if block not in self.contents and key not in self.contents.values():
             self.contents[block] = key
+            self.owners[block] = owner
+
+    @rule(owner=st.sampled_from(OWNERS))
+    def forget(self, owner: bytes) -> None:
+        gone = [block for block in self.contents if self.owners[block] == owner]
+        assert self.pool.forget(owner) == len(gone)
+        for block in gone:
+            assert self.pool.find(self.contents.pop(block)) is None
+        self.idle = [block for block in self.idle if block not in gone]
 
     @precondition(lambda self: self.contents)
     @rule(data=st.data())
@@ -137,6 +157,7 @@ class EngineMachine(RuleBasedStateMachine):
         forced=st.sampled_from([False, False, True]),
         key=st.sampled_from("abc"),
         read=st.sampled_from([None, None, None, 2, *Pooling]),
+        priority=st.sampled_from([0, 0, -1]),
     )
     def add(
         self,
@@ -148,9 +169,10 @@ class EngineMachine(RuleBasedStateMachine):
         forced: bool,
         key: str,
         read: Pooling | int | None,
+        priority: int,
     ) -> None:
         request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
-        request = replace(request, fairness_key=key)
+        request = replace(request, fairness_key=key, priority=priority, weight=1 + "abc".index(key))
         if isinstance(read, Pooling):
             request, forced = replace(request, pooling=read), False
         elif read is not None:
@@ -260,7 +282,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert not self.core.has_work
         assert self.outputs == {}
         assert self.core.scheduler.pool.used == 0
-        assert self.core.scheduler._waiting._counts == {}
+        assert self.core.scheduler._waiting._keys == {}
 
 
 TestPool = PoolMachine.TestCase

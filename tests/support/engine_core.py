@@ -44,6 +44,7 @@ def make_limits(**changes: int) -> EngineLimits:
         "token_budget": 512,
         "chunk_tokens": 512,
         "waiting_limit": 256,
+        "key_limit": 100_000,
     }
     return EngineLimits(**(values | changes))
 

@@ -63,6 +63,7 @@ class ScriptedEngine:
         self._aborted: set[str] = set()
         self._running: set[str] = set()
         self._draining = False
+        self.forgotten: list[bytes] = []  # salts
         self.prompts: list[str] = []  # every prompt that reached the "model"
 
     @property
@@ -141,6 +142,9 @@ class ScriptedEngine:
             total_s=0.0,
             replay_digest=hashlib.sha256(output).hexdigest(),
         )
+
+    def reset_cache(self, cache_salt: bytes) -> None:
+        self.forgotten.append(cache_salt)
 
     def abort(self, request_id: str) -> None:
         if request_id in self._running:

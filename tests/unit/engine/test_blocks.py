@@ -167,3 +167,39 @@ def test_integrity_names_every_kind_of_damage() -> None:
     pool = BlockPool(4)
     pool._free.pop()
     assert defects(pool) == {Defect.COUNT}
+
+
+def cache(pool: BlockPool, owner: bytes, numbers: range) -> list[int]:
+    """Let `owner` cache a block under each of `numbers`."""
+    blocks = pool.allocate(len(numbers), owner)
+    for block, number in zip(blocks, numbers, strict=True):
+        pool.publish(block, key(number), owner)
+    pool.release(blocks)
+    return blocks
+
+
+def test_a_flood_of_one_owner_evicts_its_own_and_leaves_the_others_their_share() -> None:
+    pool = BlockPool(12)
+    quiet = cache(pool, b"quiet", range(4))
+    for start in range(100, 200, 4):
+        cache(pool, b"flood", range(start, start + 4))
+    assert [pool.find(key(number)) for number in range(4)] == quiet
+    cache(pool, b"quiet", range(10, 18))  # who is under its share takes the oldest of all
+    assert all(pool.find(key(number)) is not None for number in range(10, 18))
+    assert pool.check_integrity([]) == ()
+
+
+def test_what_an_owner_cached_can_be_forgotten_also_while_it_is_held() -> None:
+    pool = BlockPool(6)
+    cache(pool, b"other", range(2))
+    cached = cache(pool, b"gone", range(10, 12))
+    held = pool.allocate(1, b"gone")
+    pool.publish(held[0], key(12), b"gone")
+    assert pool.forget(b"gone") == 3
+    assert all(pool.find(key(number)) is None for number in range(10, 13))
+    assert all(pool.find(key(number)) is not None for number in range(2))
+    assert (pool.free, pool.cached, pool.used) == (3, 2, 1)
+    pool.release(held)
+    assert pool.free == 4
+    assert pool.check_integrity([]) == ()
+    assert pool.is_idle(cached[0])
