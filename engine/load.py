@@ -11,14 +11,14 @@ from engine.limits import EngineLimits
 from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears, choose_segment
 from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
 from engine.numeric_policy import digest, numeric_policy
-from engine.runtime import EngineRuntime, RuntimeTimes
+from engine.runtime import EngineRuntime, Report, RuntimeTimes
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from engine.weights import digest_directory, load_parameters, read_json
 from kernels.paged_attention import SEGMENTS
 
 
-def load_engine(config: EngineConfig) -> EngineRuntime:
-    """Load the model and start the engine's thread.
+def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRuntime:
+    """Load the model and start the engine's thread. `report` is told of a step that is stuck or failed, and where.
 
     Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
     """
@@ -40,7 +40,7 @@ def load_engine(config: EngineConfig) -> EngineRuntime:
             token_budget=config.max_tokens_per_step,
             chunk_tokens=config.max_tokens_per_step,
             waiting_limit=config.max_waiting,
-            key_limit=config.max_per_key or max(1, 3 * (config.max_sequences + config.max_waiting) // 4),
+            key_limit=config.max_per_key or -(-3 * (config.max_sequences + config.max_waiting) // 4),
         ),
         eos_ids=tokenizer.eos_ids,
         detokenizer_for=lambda sampling: IncrementalDetokenizer(tokenizer, sampling.stop),
@@ -51,5 +51,6 @@ def load_engine(config: EngineConfig) -> EngineRuntime:
         version,
         digest(numeric_policy(linears, segment)),
         grammars=Grammars.of(tokenizer.json, shape.vocab_size, tokenizer.eos_ids),
+        report=report,
         times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
     )

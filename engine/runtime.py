@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import sys
 import threading
 import time
 import traceback
@@ -46,6 +47,9 @@ from engine.request import (
 from engine.stream import Stream
 
 COMPILED_AT_ONCE = 2  # grammars
+MAX_FRAMES = 12  # of a stack that is reported
+
+Report = Callable[[str, Sequence[str]], None]  # an event, and where
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +113,7 @@ class EngineRuntime:
         *,
         grammars: Grammars | None = None,  # none: structures are refused
         times: RuntimeTimes | None = None,
+        report: Report | None = None,  # of a step that is stuck or failed, and where; without it, a line in the log
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._core = core
@@ -120,6 +125,8 @@ class EngineRuntime:
         self._limits = core.limits
         self._block_count = core.scheduler.pool.total
         self._times = times or RuntimeTimes()
+        self._report = report or _log
+        self._reported: float | None = None  # the time of the step that was reported as stuck
         self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next five
@@ -294,10 +301,20 @@ class EngineRuntime:
         """Fail `stream` if the engine is stuck, now and every so often. Runs in the stream's loop."""
         with self._lock:
             stuck = self._is_stuck(self._age())
+            unheard_of = stuck and self._reported != self._last_step
+            if unheard_of:
+                self._reported = self._last_step
+        if unheard_of:
+            self._report("engine_stuck", self._where())
         if stuck:
             stream.put(EngineDead("the engine makes no progress"))
         else:
             stream.watch = stream.loop.call_later(self._times.stuck_after_s, self._watch, stream)
+
+    def _where(self) -> list[str]:
+        """Return where the step thread stands, innermost first."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        return _places(traceback.extract_stack(frame)) if frame is not None else []
 
     def _forget(self, streams: Iterable[Stream]) -> None:
         with self._lock:
@@ -321,7 +338,7 @@ class EngineRuntime:
                 self._emit(emissions)
         except BaseException as error:
             # Whatever it is, nobody may be left waiting for it. Its message may hold content; its place does not.
-            logger.critical("engine thread died: %s at %s", type(error).__name__, _place(error))
+            self._report("engine_failed", [type(error).__name__, *_places(traceback.extract_tb(error.__traceback__))])
             self._die("the engine failed")
         else:
             self._die("the engine is closed")
@@ -425,7 +442,10 @@ def _deliver(batch: Iterable[_Post]) -> None:
         stream.put(item)
 
 
-def _place(error: BaseException) -> str:
-    """Return where `error` was raised, innermost first, without its message."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return " < ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames[-4:]))
+def _places(frames: traceback.StackSummary) -> list[str]:
+    """Return where frames stand, innermost first: names and lines, no values."""
+    return [f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in reversed(frames[-MAX_FRAMES:])]
+
+
+def _log(event: str, places: Sequence[str]) -> None:
+    logger.critical("%s at %s", event, " < ".join(places))

@@ -31,7 +31,7 @@ from gateway.admission import Admission
 from gateway.auth.authentication import Authentication
 from gateway.auth.permissions import public_paths
 from gateway.auth.trust import key_client, trusted_verifier
-from gateway.error_responses import Containment, install_error_handlers
+from gateway.error_responses import Containment, install_error_handlers, report_engine_trouble
 from gateway.identification import RequestIdentification
 from gateway.pipeline import Clock, Pipeline
 from gateway.routes import admin, audit, health, inference, models, receipts
@@ -106,7 +106,9 @@ def load_model(settings: Settings) -> Engine:
             max_sequences=chosen.max_sequences,
             max_tokens_per_step=chosen.max_tokens_per_step,
             max_waiting=chosen.max_waiting,
-        )
+            max_per_key=chosen.max_per_tenant,
+        ),
+        report=report_engine_trouble,
     )
 
 
@@ -125,7 +127,17 @@ def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> Ap
         policies=policies,
         ledger=ledger,
         engine=engine,
-        pipeline=Pipeline(engine, policies, ledger, log, telemetry, clock, max_governed=settings.limits.max_governed),
+        pipeline=Pipeline(
+            engine,
+            policies,
+            ledger,
+            log,
+            telemetry,
+            clock,
+            weight=settings.engine.weight,
+            max_governed=settings.limits.max_governed,
+            max_of_tenant=settings.limits.max_governed_per_tenant,
+        ),
         telemetry=telemetry,
     )
 

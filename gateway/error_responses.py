@@ -7,7 +7,7 @@ its message: a message may quote a body, a row or a credential.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -76,6 +76,11 @@ def _invalid(problems: Iterable[Mapping[str, Any]], declared: frozenset[str]) ->
         return invalid_request(str(cause), param=getattr(cause, "name", None) or param)
     message = problem["msg"] if problem["type"] in _SAFE_KINDS else "is not valid"
     return invalid_request(f"{subject}: {message[:1].lower()}{message[1:]}", param=param)
+
+
+def report_engine_trouble(event: str, places: Sequence[str]) -> None:
+    """Note that a step of the engine is stuck or failed, and where: names and lines, no values."""
+    _diagnostics.critical(event, extra={"component": "engine", "error_places": list(places)})
 
 
 # --- on the wire ---

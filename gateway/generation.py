@@ -73,6 +73,7 @@ class Generation:
         monotonic: Callable[[], float],
         suspended: Callable[[], bool],
         cache_salt: bytes,
+        weight: int,
         recorded: float,
         streams: Callable[[], int],
     ) -> None:
@@ -87,7 +88,9 @@ class Generation:
         self._recorded = recorded
         self._first_token: float | None = None
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
-        self._choices = [_Choice(_request(grant, index, cache_salt), []) for index in range(question.request.outputs)]
+        self._choices = [
+            _Choice(_request(grant, index, cache_salt, weight), []) for index in range(question.request.outputs)
+        ]
         # A vector is no text that a guardrail could read.
         guardrails = () if isinstance(question.request, EmbeddingsRequest) else grant.obligations.guardrails
         self._inspectors = [OutputInspector(guardrails) for _ in self._choices]
@@ -291,7 +294,7 @@ class Generation:
         )
 
 
-def _request(grant: Grant, index: int, cache_salt: bytes) -> GenerationRequest:
+def _request(grant: Grant, index: int, cache_salt: bytes, weight: int) -> GenerationRequest:
     """Return what the engine is asked for choice `index`, or for the vector of input `index`."""
     asked = grant.question.request
     pooling = asked.pooling if isinstance(asked, EmbeddingsRequest) else None
@@ -301,6 +304,8 @@ def _request(grant: Grant, index: int, cache_salt: bytes) -> GenerationRequest:
         sampling=_sampling(grant.sampling, index),
         cache_salt=cache_salt,
         fairness_key=cache_salt.hex(),
+        weight=weight,
+        priority=asked.priority,
         pooling=pooling,
     )
 

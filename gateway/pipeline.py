@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import secrets
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -97,15 +98,21 @@ class Pipeline:
         telemetry: Telemetry,
         clock: Clock,
         *,
+        weight: Callable[[str], int],
         max_governed: int,
+        max_of_tenant: int | None,
     ) -> None:
+        """`weight`: turns of a tenant among others; `max_of_tenant`: None is three quarters of `max_governed`."""
         self._engine = engine
         self._policies = policies
         self._ledger = ledger
         self._log = log
         self._telemetry = telemetry
         self._clock = clock
+        self._weight = weight
         self._max_governed = max_governed
+        self._max_of_tenant = max_of_tenant or -(-3 * max_governed // 4)
+        self._of_tenant: Counter[str] = Counter()  # entering and governed
         self._inspections = BoundedReads(at_once=1, waiting=max_governed)
         self._governed: set[asyncio.Task[None]] = set()
         self._entering = 0  # questions that wait for the log; they will be governed, or are being denied
@@ -131,13 +138,24 @@ class Pipeline:
     async def _answer(self, question: Question) -> Answer:
         if self._draining:
             raise errors.draining()
-        if len(self._governed) + self._entering >= self._max_governed:
+        tenant = question.principal.tenant
+        full = len(self._governed) + self._entering >= self._max_governed
+        if full or self._of_tenant[tenant] >= self._max_of_tenant:
             raise errors.overloaded()
         self._entering += 1
+        self._of_tenant[tenant] += 1
         try:
             return await self._enter(question)
+        except BaseException:
+            self._leave(tenant)
+            raise
         finally:
             self._entering -= 1
+
+    def _leave(self, tenant: str) -> None:
+        self._of_tenant[tenant] -= 1
+        if not self._of_tenant[tenant]:
+            del self._of_tenant[tenant]
 
     async def _enter(self, question: Question) -> Answer:
         """Decide, put on record, start the governed task."""
@@ -381,14 +399,23 @@ class Pipeline:
             telemetry=self._telemetry,
             monotonic=self._clock.monotonic,
             suspended=lambda: self._policies.suspended(tenant),
-            cache_salt=hmac.digest(self._salt_key, tenant.encode(), "sha256"),
+            cache_salt=self._salt(tenant),
+            weight=self._weight(tenant),
             recorded=self._clock.monotonic(),
             streams=self._governed.__len__,
         )
         task = asyncio.get_running_loop().create_task(generation.run())
         self._governed.add(task)  # the loop itself keeps only a weak reference
         task.add_done_callback(self._governed.discard)
+        task.add_done_callback(lambda _: self._leave(tenant))
         return generation.outbox
+
+    def _salt(self, tenant: str) -> bytes:
+        return hmac.digest(self._salt_key, tenant.encode(), "sha256")
+
+    def forget_cache(self, tenant: str) -> None:
+        """Let nothing of what the engine computed for a tenant be found again."""
+        self._engine.reset_cache(self._salt(tenant))
 
     @property
     def governed(self) -> int:

@@ -66,6 +66,7 @@ class SettingsError(Exception):
 
 _ORIGIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?:/[a-z0-9][a-z0-9.-]{0,62})*")
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_WEIGHT = re.compile(r"[^=\s]{1,128}=(?:[1-9][0-9]{0,2}|1000)")
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
 
 
@@ -155,6 +156,20 @@ class EngineSettings:
     max_waiting: int = setting(
         256, integer_kind(0, 65_536), "sequences that may wait; more are answered 503 `overloaded`"
     )
+    max_per_tenant: int | None = setting(
+        None,
+        integer_kind(1, 65_536),
+        "sequences of one tenant, waiting and running; without it, three quarters of all",
+    )
+    weights: tuple[str, ...] = setting(
+        (),
+        list_kind("a list of `TENANT=WEIGHT`, 1 … 1,000", lambda text: bool(_WEIGHT.fullmatch(text)), at_least=0),
+        "turns of a tenant for each turn of one that is not named",
+    )
+
+    def weight(self, tenant: str) -> int:
+        stated = dict(entry.rsplit("=", 1) for entry in self.weights)
+        return int(stated.get(tenant, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +189,9 @@ class LimitSettings:
 
     max_governed: int = setting(
         256, integer_kind(1, 65_536), "requests in progress; more are answered 503 `overloaded`"
+    )
+    max_governed_per_tenant: int | None = setting(
+        None, integer_kind(1, 65_536), "those of one tenant; without it, three quarters of all"
     )
 
 

@@ -155,6 +155,8 @@ async def _set_suspended(request: Request, tenant: str, *, suspended: bool) -> J
     body = await read_body(request, ChangeBody)
     change = await _change(request, tenant, body)
     await _made(request, _changes(request).suspend(change, suspended), change)
+    if suspended:
+        state_of(request).pipeline.forget_cache(tenant)
     status = "suspended" if suspended else "active"
     return _tagged({"tenant": tenant, "status": status}, change.generation + 1)
 

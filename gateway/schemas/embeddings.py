@@ -38,6 +38,7 @@ class EmbeddingsRequest(BaseModel):
     temperature: ClassVar[Decimal | None] = None
     top_p: ClassVar[Decimal | None] = None
     wants_logprobs: ClassVar[bool] = False
+    priority: ClassVar[int] = 0
 
     @field_validator("input", mode="before")
     @classmethod

@@ -208,6 +208,7 @@ class _InferenceBody(_Body):
     prompt_logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    priority: Annotated[StrictInt, Field(ge=-1000, le=1000)] = 0  # among the tenant's own; the lower goes first
     user: Annotated[StrictStr, Field(max_length=256)] | None = None
     metadata: dict[str, str] | None = None
 

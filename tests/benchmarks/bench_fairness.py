@@ -1,16 +1,18 @@
 """What a tenant's flood does to another tenant's time to first token.
 
-    python -m tests.benchmarks.bench_fairness [--flood 128] [--asked 20] [--sequences 16]
+    python -m tests.benchmarks.bench_fairness [--flood 128] [--asked 100] [--sequences 16]
 
 The bare engine on the model of bench_engine. One key keeps `--flood` requests (200 tokens in, 60 out) in the queue;
-another asks now and then (60 in, 4 out), and its time to first token is taken: alone, beside the flood, and as it would
-be in plain order of arrival, which is the same flood under the same key. Asserts nothing.
+another asks now and then (4 tokens out), at any moment of a step, and its time to first token is taken: alone, beside
+the flood, and once as it would be in plain order of arrival, which is the same flood under the same key. What is left
+of the flood is the step under way when a question comes, so it depends on the budget of a step. Asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 import tempfile
 import time
@@ -31,14 +33,14 @@ from tests.support.engine_core import make_limits, make_request
 PAUSE_STEPS = 5  # between an answer and the next question
 
 
-def make_core(decoder: Decoder, sequences: int, flood: int) -> EngineCore:
+def make_core(decoder: Decoder, sequences: int, flood: int, budget: int) -> EngineCore:
     config = decoder.config
     limits = make_limits(
         vocabulary_size=config.vocab_size,
         context_length=config.max_position_embeddings,
         max_sequences=sequences,
-        token_budget=BUDGET,
-        chunk_tokens=BUDGET,
+        token_budget=budget,
+        chunk_tokens=budget,
         waiting_limit=flood + 8,
         key_limit=flood + 16,
     )
@@ -52,9 +54,11 @@ def question(name: str, key: str, start: int, length: int, output: int) -> Gener
     return replace(request, fairness_key=key)
 
 
-def first_tokens(decoder: Decoder, sequences: int, flood: int, flood_key: str, asked: int) -> list[float]:
+def first_tokens(
+    decoder: Decoder, sequences: int, flood: int, asked: int, prompt: int, budget: int, flood_key: str = "flood"
+) -> list[float]:
     """Return the times to first token, in seconds, of `asked` questions of the key `quiet`."""
-    core, numbers = make_core(decoder, sequences, flood), itertools.count()
+    core, numbers, moments = make_core(decoder, sequences, flood, budget), itertools.count(), random.Random(1)
     times: list[float] = []
     waiting_since, pause = 0.0, 4 * PAUSE_STEPS
     flooding = 0
@@ -62,11 +66,13 @@ def first_tokens(decoder: Decoder, sequences: int, flood: int, flood_key: str, a
         while flooding < flood:
             core.add(question(f"flood-{next(numbers)}", flood_key, next(numbers), 200, 60))
             flooding += 1
-        if pause == 0:
-            core.add(question(f"quiet-{next(numbers)}", "quiet", next(numbers), 60, 4))
-            waiting_since = time.perf_counter()
         pause -= 1
-        for emission in core.step():
+        began = time.perf_counter()
+        emissions = core.step()
+        if pause == 0:  # it came at any moment of the step that was under way
+            waiting_since = began + moments.random() * (time.perf_counter() - began)
+            core.add(question(f"quiet-{next(numbers)}", "quiet", next(numbers), prompt, 4))
+        for emission in emissions:
             if emission.request_id.startswith("flood"):
                 flooding -= emission.delta.finish_reason is not None
                 continue
@@ -80,13 +86,14 @@ def first_tokens(decoder: Decoder, sequences: int, flood: int, flood_key: str, a
 
 def row(name: str, times: list[float]) -> str:
     milliseconds = sorted(1e3 * one for one in times)
-    return f"{name:>28} p50 {statistics.median(milliseconds):>8.1f} ms   worst {milliseconds[-1]:>8.1f} ms"
+    late = milliseconds[int(0.99 * len(milliseconds))]
+    return f"{name:>28} p50 {statistics.median(milliseconds):>8.1f} ms   p99 {late:>8.1f} ms"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flood", type=int, default=128)
-    parser.add_argument("--asked", type=int, default=20)
+    parser.add_argument("--asked", type=int, default=100)
     parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
@@ -94,9 +101,15 @@ def main() -> None:
     print(f"{arguments.sequences} sequences run at once; {arguments.flood} requests of the flood always in flight")
     with tempfile.TemporaryDirectory() as directory:
         decoder, _ = load(draw_model(Path(directory)))
-        print(row("alone", first_tokens(decoder, arguments.sequences, 0, "flood", arguments.asked)))
-        for name, key in (("beside a flood", "flood"), ("in order of arrival", "quiet")):
-            print(row(name, first_tokens(decoder, arguments.sequences, arguments.flood, key, arguments.asked)))
+        for budget in (BUDGET, BUDGET // 4):
+            for prompt in (60, 400):
+                print(f"\n{prompt} tokens asked, at most {budget} a step")
+                common = {"asked": arguments.asked, "prompt": prompt, "budget": budget}
+                print(row("alone", first_tokens(decoder, arguments.sequences, 0, **common)))
+                print(row("beside a flood", first_tokens(decoder, arguments.sequences, arguments.flood, **common)))
+        common = {"asked": 5, "prompt": 60, "budget": BUDGET}
+        late = first_tokens(decoder, arguments.sequences, arguments.flood, **common, flood_key="quiet")
+        print(f"\n{row('in order of arrival', late)}")
 
 
 if __name__ == "__main__":

@@ -267,6 +267,9 @@ def test_a_suspended_tenant_is_served_again_once_it_is_resumed(gateway: RunningG
     suspended = admin.post(f"{path}:suspend", {"reason": "an incident"}, etag(admin, path))
     refused = app.post("/v1/chat/completions", CHAT)
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "suspended")
+    engine = gateway.rooms.engine
+    assert isinstance(engine, ScriptedEngine)
+    assert len(engine.forgotten) == 1  # what was computed for it is found by nobody any more
     again = admin.post(f"{path}:suspend", {"reason": "an incident"}, suspended.headers["etag"])
     assert (again.status_code, again.json()["title"]) == (409, "conflict")
     resumed = admin.post(f"{path}:resume", {"reason": "it is over"}, suspended.headers["etag"])

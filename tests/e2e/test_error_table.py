@@ -321,6 +321,27 @@ def test_an_engine_that_cannot_is_unavailable(client: openai.OpenAI, text: str, 
     assert error.response.headers["probity-receipt"]  # it was received, and is on record
 
 
+def test_one_tenant_does_not_take_every_place(tmp_path: Path) -> None:
+    board = Switchboard()
+    engine = ScriptedEngine(board.reply, step=board.step)
+    with running_gateway(tmp_path, engine, limits__max_governed=4) as gateway:
+        activate_policy(gateway.app, policy_text(gateway.rooms.engine.model.digest, tenant="other"))
+        board.gate.clear()
+        with openai_client(gateway, "app") as client, openai_client(gateway, "app", tenant="other") as other:
+            threads = [threading.Thread(target=ask, args=(client,)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            while gateway.rooms.pipeline.governed < 3:
+                board.gate.wait(0.005)
+            assert refusal(client, openai.InternalServerError).code == "overloaded"
+            board.gate.set()
+            assert ask(other).choices[0].message.content == "an answer"
+            for thread in threads:
+                thread.join()
+            assert ask(client).choices[0].message.content == "an answer"  # its places are free again
+        assert not gateway.rooms.pipeline._of_tenant
+
+
 def test_more_than_the_process_governs_is_overloaded(tmp_path: Path) -> None:
     board = Switchboard()
     board.gate.clear()

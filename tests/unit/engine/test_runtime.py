@@ -247,7 +247,7 @@ async def test_a_runner_that_raises_fails_every_request_in_flight_and_later(
     health = engine.health()
     assert (health.alive, health.running, health.waiting) == (False, 0, 0)
     assert await engine.drain(PATIENCE_S)
-    assert "engine thread died: KeyError at engine_runtime.py" in caplog.text
+    assert "engine_failed at KeyError < engine_runtime.py" in caplog.text
     assert "content" not in caplog.text
 
 
@@ -265,7 +265,9 @@ async def test_tokens_generated_before_a_failure_are_delivered_before_it(closing
     assert len(tokens) == runner.steps
 
 
-async def test_a_stuck_step_is_not_alive_fails_what_waits_and_recovers_if_it_ever_ends(closing: Closing) -> None:
+async def test_a_stuck_step_is_not_alive_fails_what_waits_and_recovers_if_it_ever_ends(
+    closing: Closing, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = Ticks()
     engine, runner, core = gated(closing, times=RuntimeTimes(stuck_after_s=0.01), clock=clock)
     assert engine.health().last_step_age_s is None
@@ -275,8 +277,11 @@ async def test_a_stuck_step_is_not_alive_fails_what_waits_and_recovers_if_it_eve
     assert (engine.health().alive, engine.health().last_step_age_s) == (True, 0.0)
     clock.now = 7.0
     assert (engine.health().alive, engine.health().last_step_age_s) == (False, 7.0)
-    with pytest.raises(EngineDead, match="no progress"):
+    with pytest.raises(EngineDead, match="no progress"), caplog.at_level(logging.CRITICAL):
         await task
+    (report,) = [record.getMessage() for record in caplog.records]  # once, with the place where the step stands
+    assert report.startswith("engine_stuck at threading.py")
+    assert "engine_runtime.py" in report
     with pytest.raises(EngineDead, match="no progress"):
         await anext(engine.generate(make_request("later", [1])))
     assert engine.health().running + engine.health().waiting == 1  # the later one was not even queued
@@ -440,3 +445,17 @@ async def test_consumers_that_leave_at_any_moment_leave_nothing_behind(closing: 
     assert {type(result) for result in results} <= {type(None), asyncio.CancelledError}
     await until(lambda: idle_and_sound(engine, core))
     assert engine.health().alive
+
+
+async def test_what_was_cached_under_a_salt_is_forgotten_by_the_next_step(closing: Closing) -> None:
+    engine, _, _ = gated(closing)
+    prompt = list(range(40))
+    for salt, cached in ((b"one", 0), (b"two", 0), (b"one", 32), (b"two", 32)):
+        output = await collect(engine, make_request("r", prompt, 2, salt=salt))
+        assert output.stats is not None
+        assert output.stats.cached_tokens == cached
+    engine.reset_cache(b"one")
+    for salt, cached in ((b"one", 0), (b"two", 32)):
+        output = await collect(engine, make_request("r", prompt, 2, salt=salt))
+        assert output.stats is not None
+        assert output.stats.cached_tokens == cached
