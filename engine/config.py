@@ -33,10 +33,11 @@ class EngineConfig:
     max_waiting: int = 256  # sequences that may wait, ≥ 0
     max_per_key: int | None = None  # sequences of one tenant in flight, ≥ 1; None: three quarters of all
     context_length: int | None = None  # ≥ 2; None: the model's own
+    trial_rows: int = 16  # tokens of a step up to which some may be guesses, ≥ 0; 0: nothing is guessed
     stuck_after_s: float = 60.0  # > 0
 
     def __post_init__(self) -> None:
-        least = {"kv_cache_mib": 1, "max_sequences": 1, "max_tokens_per_step": 1, "max_waiting": 0}
+        least = {"kv_cache_mib": 1, "max_sequences": 1, "max_tokens_per_step": 1, "max_waiting": 0, "trial_rows": 0}
         wrong = [f"`{name}` must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
         if self.threads is not None and self.threads < 1:
             wrong.append("`threads` must be at least 1")

@@ -102,11 +102,11 @@ class EngineCore:
         emissions = []
         for sequence, tokens in self.scheduler.commit(result):
             generation = self._generations[sequence.request.request_id]
-            if sequence.drawn == len(tokens):  # the first
+            if generation.output_tokens == 0:  # the first
                 self._prompt_tokens += sequence.prompt_length
-            self._generation_tokens += len(tokens)
             pooled = sequence.pooled if sequence.request.pooling is not None else None
             delta = generation.accept(tokens, now) if pooled is None else generation.embed(pooled, now)
+            self._generation_tokens += len(delta.tokens)
             failure = None
             if delta.finish_reason is not None:
                 self._end(generation, delta.finish_reason)

@@ -35,7 +35,16 @@ DetokenizerFor = Callable[[SamplingParams], Detokenizer]
 
 
 class Generation:
-    __slots__ = ("_admitted_at", "_arrived_at", "_detokenizer", "_digest", "_first_token_at", "_limit", "sequence")
+    __slots__ = (
+        "_admitted_at",
+        "_arrived_at",
+        "_detokenizer",
+        "_digest",
+        "_first_token_at",
+        "_limit",
+        "_taken",
+        "sequence",
+    )
 
     def __init__(
         self, sequence: TokenSequence, detokenizer: Detokenizer, *, context_length: int, arrived_at: float
@@ -43,14 +52,15 @@ class Generation:
         self.sequence = sequence
         self._detokenizer = detokenizer
         self._digest = ReplayDigest()
-        self._limit = min(sequence.prompt_length + sequence.request.sampling.max_tokens, context_length)
+        self._limit = min(sequence.request.sampling.max_tokens, context_length - sequence.prompt_length)
+        self._taken = 0  # tokens of the output
         self._arrived_at = arrived_at
         self._admitted_at: float | None = None
         self._first_token_at: float | None = None
 
     @property
     def output_tokens(self) -> int:
-        return self.sequence.drawn
+        return self._taken
 
     def admitted(self, now: float) -> None:
         """Note that the sequence started to run; only the first time counts."""
@@ -58,17 +68,22 @@ class Generation:
             self._admitted_at = now
 
     def accept(self, sampled: Sequence[TokenLogprob], now: float) -> TokenDelta:
-        """Return the delta of what a step sampled: one token, of a forced output any number. Its finish reason, if any,
-        ends the request."""
+        """Return the delta of what a step sampled: one token, more of a forced output or where guesses came true. Its
+        finish reason, if any, ends the request."""
         if self._first_token_at is None:
             self._first_token_at = now
-        for one in sampled:
-            self._digest.update(one.token, one.logprob)
-        text, reason = self._compare() if self.sequence.request.forced else self._read(sampled[0].token)
-        tokens = tuple(one.token for one in sampled)
-        logprobs = tuple(sampled) if self.sequence.request.sampling.logprobs else ()
-        scored = tuple(self.sequence.scored) if self.sequence.drawn == len(sampled) else ()  # with the first
-        return TokenDelta(text, tokens, logprobs, reason, self._stats(now) if reason is not None else None, scored)
+        scored = tuple(self.sequence.scored) if self._taken == 0 else ()
+        text, reason, count = "", None, 0
+        while count < len(sampled) and reason is None:  # what was sampled after the end is not of the output
+            self._digest.update(sampled[count].token, sampled[count].logprob)
+            self._taken += 1
+            more, reason = self._compare() if self.sequence.request.forced else self._read(sampled[count].token)
+            text += more
+            count += 1
+        taken = tuple(sampled[:count])
+        logprobs = taken if self.sequence.request.sampling.logprobs else ()
+        stats = self._stats(now) if reason is not None else None
+        return TokenDelta(text, tuple(one.token for one in taken), logprobs, reason, stats, scored)
 
     def embed(self, pooled: bytes, now: float) -> TokenDelta:
         """Return the one delta of a request for a vector."""
@@ -82,7 +97,7 @@ class Generation:
 
     def _compare(self) -> tuple[str, FinishReason | None]:
         """A forced output says nothing and ends where it ends."""
-        ended = self.sequence.drawn >= len(self.sequence.request.forced)
+        ended = self._taken >= len(self.sequence.request.forced)
         return "", FinishReason.LENGTH if ended else None
 
     def _read(self, token: int) -> tuple[str, FinishReason | None]:
@@ -91,7 +106,7 @@ class Generation:
         text, stopped = self._detokenizer.push((token,))
         if stopped:
             return text, FinishReason.STOP
-        if len(self.sequence.tokens) >= self._limit:
+        if self._taken >= self._limit:
             return text + self._detokenizer.finish(), FinishReason.LENGTH
         return text, None
 

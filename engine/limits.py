@@ -37,9 +37,10 @@ class EngineLimits:
     chunk_tokens: int  # most prompt tokens of one sequence in one step, ≥ 1; token_budget caps it further
     waiting_limit: int  # sequences that may wait beside the running ones, ≥ 0
     key_limit: int  # sequences of one key, waiting and running, ≥ 1
+    trial_rows: int  # tokens of a step up to which some may be guesses, ≥ 0; 0: there are none
 
     def __post_init__(self) -> None:
-        lowest = {"context_length": 2, "vocabulary_size": 2, "waiting_limit": 0}
+        lowest = {"context_length": 2, "vocabulary_size": 2, "waiting_limit": 0, "trial_rows": 0}
         for field in fields(self):
             least = lowest.get(field.name, 1)
             if getattr(self, field.name) < least:

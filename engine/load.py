@@ -40,6 +40,7 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRun
             token_budget=config.max_tokens_per_step,
             chunk_tokens=config.max_tokens_per_step,
             waiting_limit=config.max_waiting,
+            trial_rows=config.trial_rows,
             key_limit=config.max_per_key or -(-3 * (config.max_sequences + config.max_waiting) // 4),
         ),
         eos_ids=tokenizer.eos_ids,

@@ -18,6 +18,7 @@ Source: Kwon et al., SOSP 2023 (preemption by recomputation); Agrawal et al., OS
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterable
 
 from engine.blocks import BlockPool, Defect, Finding
@@ -29,8 +30,12 @@ from engine.request import EngineOverloaded, GenerationRequest, TokenLogprob
 from engine.sequence import Sequence, SequenceStatus
 from engine.waiting import WaitingQueue
 
+MOST_GUESSES = 8  # tokens of one sequence computed on trial in a step
 LOOKED_AT_CHUNK = 128  # tokens of one sequence a step, where each is followed by a look at all it might have been
 NOTHING_READ = Reading()
+
+
+Tokens = abc.Sequence[TokenLogprob]
 
 
 class StepMismatch(Exception):
@@ -81,6 +86,7 @@ class Scheduler:
             raise EngineOverloaded(f"{self.limits.key_limit} requests of this caller are in flight; try again later")
         sequence = Sequence(request, self._arrivals, self._eos_ids, grammar)
         refuse_choiceless(request.sampling, sequence.ending, self.limits)
+        sequence.allow_guesses(MOST_GUESSES if self.limits.trial_rows else 0)
         self._arrivals += 1
         self._waiting.add(sequence)
         return sequence
@@ -101,7 +107,7 @@ class Scheduler:
             self._plan_waiting(rows, self._plan_running(rows))
         return StepPlan(tuple(rows)) if rows else None
 
-    def commit(self, result: StepResult) -> list[tuple[Sequence, tuple[TokenLogprob, ...]]]:
+    def commit(self, result: StepResult) -> list[tuple[Sequence, Tokens]]:
         """Take note of a step carried out; return which sequence got which tokens, in row order, and without any, whose
         prompt was pooled.
 
@@ -113,18 +119,19 @@ class Scheduler:
         sampled = []
         readings = result.readings or (NOTHING_READ,) * len(planned)
         for (sequence, row), tokens, reading in zip(planned, result.sampled, readings, strict=True):
-            sequence.computed += len(row.tokens)
             self._waiting.charge(sequence, len(row.tokens))
             if len(row.draws) != len(tokens):
                 raise StepMismatch("a row was sampled that should not be, or was not that should")
             if len(row.scores) != len(reading.scored) or (row.pool is None) != (reading.pooled is None):
                 raise StepMismatch("a row was read that should not be, or was not that should")
-            self._publish(sequence)
+            held = sequence.settle(tokens)
+            sequence.computed += len(row.tokens) - (len(tokens) - len(held))  # what did not come true is overwritten
             sequence.read(reading)
-            for token in tokens:
+            for token in held:
                 sequence.take(token.token)
-            if tokens or sequence.pooled is not None:
-                sampled.append((sequence, tokens))
+            self._publish(sequence)
+            if held or sequence.pooled is not None:
+                sampled.append((sequence, held))
         return sampled
 
     def drop_plan(self) -> None:
@@ -191,6 +198,7 @@ class Scheduler:
         decoding = sum(1 for sequence in self._running if sequence.pending == 1 and not self._pauses(sequence))
         budget = self.limits.token_budget - decoding  # their tokens are set aside: a prefill never starves a decode
         allotted = self._allot(budget)
+        trials = max(0, min(self.limits.trial_rows - decoding, budget))
         index = 0
         while index < len(self._running):  # preemption shortens the list, at its end, while we walk it
             sequence = self._running[index]
@@ -203,8 +211,10 @@ class Scheduler:
                 count = min(sequence.pending, self._chunk(sequence), budget, allotted[key])
                 allotted[key] -= count
                 budget -= count
-            if count and not self._plan_row(sequence, count, rows):
+            if count and not self._plan_row(sequence, count, rows, trials):
                 break
+            if count:
+                trials -= len(rows[-1].tokens) - count
             index += 1
         return budget
 
@@ -234,8 +244,9 @@ class Scheduler:
         looked_at = sequence.request.forced or sequence.request.sampling.prompt_logprobs is not None
         return min(self.limits.chunk_tokens, LOOKED_AT_CHUNK) if looked_at else self.limits.chunk_tokens
 
-    def _plan_row(self, sequence: Sequence, count: int, rows: list[RowPlan]) -> bool:
-        """Plan `count` tokens of a running sequence; return False if it had to be preempted itself.
+    def _plan_row(self, sequence: Sequence, count: int, rows: list[RowPlan], trials: int = 0) -> bool:
+        """Plan `count` tokens of a running sequence, and up to `trials` guesses where it decodes; return False if it
+        had to be preempted itself.
 
         Victims are younger than `sequence` and so were not planned yet in this step.
         """
@@ -248,6 +259,9 @@ class Scheduler:
         if count > 1:
             filled = range(sequence.computed // BLOCK_SIZE, (sequence.computed + count) // BLOCK_SIZE)
             self._filling.update(sequence.key(index) for index in filled)
+        if sequence.pending == 1:
+            slots = len(sequence.blocks) * BLOCK_SIZE - sequence.computed - 1
+            sequence.guess(min(trials, slots, self.limits.context_length - len(sequence.tokens) - 1))
         row = sequence.row(count)
         self._planned.append((sequence, row))
         rows.append(row)

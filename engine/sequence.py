@@ -8,12 +8,14 @@ Knows nothing of text, time or other sequences. The scheduler moves it along; wh
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Iterable
 from enum import StrEnum
 
 from engine.blocks import chain_key, root_key
 from engine.grammar import GrammarState
 from engine.limits import blocks_for
+from engine.lookup import PromptLookup
 from engine.plan import BLOCK_SIZE, Draw, PastTokens, Pool, Reading, RowPlan, Score
 from engine.request import GenerationRequest, Pooling, TokenLogprob
 
@@ -29,7 +31,9 @@ class Sequence:
         "_block_table",
         "_blocks",
         "_grammar",
+        "_guessed",
         "_keys",
+        "_lookup",
         "_past",
         "_pooled",
         "arrival",
@@ -72,6 +76,8 @@ class Sequence:
         self._grammar = grammar  # where the output stands in its structure
         self.scored: list[TokenLogprob] = []  # of the prompt's tokens from the second on
         self._pooled: bytes | None = None  # of the tokens computed so far
+        self._lookup: PromptLookup | None = None  # where guesses come from
+        self._guessed: tuple[int, ...] = ()  # tokens that the row under way computes on trial
 
     def take(self, token: int) -> None:
         """Take up a token that was sampled. Of a forced output the next one is known, whatever was sampled."""
@@ -84,6 +90,29 @@ class Sequence:
             self._past.add(token)
         if self._grammar is not None and token not in self.ending:
             self._grammar.take(token)
+
+    def allow_guesses(self, most: int) -> None:
+        """Compute on up to `most` guessed tokens a step, where what is sampled depends on the model's view alone."""
+        asked = self.request
+        if most and self._grammar is None and self._past is None and not asked.forced and asked.pooling is None:
+            self._lookup = PromptLookup(most)
+
+    def guess(self, room: int) -> None:
+        """Guess up to `room` tokens that follow the one pending, for the next row."""
+        left = self.prompt_length + self.request.sampling.max_tokens - len(self.tokens) - 1
+        room = min(room, left)
+        self._guessed = self._lookup.guess(self.tokens, room) if self._lookup is not None and room > 0 else ()
+
+    def settle(self, sampled: abc.Sequence[TokenLogprob]) -> abc.Sequence[TokenLogprob]:
+        """Return what holds of the tokens sampled after a row: as far as each followed what came true."""
+        guessed, self._guessed = self._guessed, ()
+        if not guessed or self._lookup is None:
+            return sampled
+        right = 0
+        while right < len(guessed) and sampled[right].token == guessed[right] and guessed[right] not in self.ending:
+            right += 1
+        self._lookup.learn(len(guessed), right)
+        return sampled[: right + 1]
 
     def read(self, reading: Reading) -> None:
         """Take up what a step showed of the prompt."""
@@ -155,7 +184,7 @@ class Sequence:
         """Leave RUNNING for `status`; return the blocks held so far, for release."""
         blocks, self._blocks, self._block_table = self._blocks, [], ()
         self.computed = self.published = 0
-        self._pooled = None
+        self._pooled, self._guessed = None, ()
         self.status = status
         return blocks
 
@@ -164,14 +193,14 @@ class Sequence:
 
         It samples if they end the pending; of a forced output, after each token that was not sampled after before.
         """
-        tokens = (self.tokens[-1],) if count == self.pending == 1 else self._next(count)
+        tokens = (self.tokens[-1], *self._guessed) if count == self.pending == 1 else self._next(count)
         if self.request.forced:
             draws = self._forced_draws(count)
         elif self.request.pooling is not None or self.computed + count < len(self.tokens):
             draws = ()
         else:
             mask = self._grammar.mask if self._grammar is not None else None
-            draws = (Draw(count - 1, self._past, self._banned(self.drawn), mask),)
+            draws = (Draw(count - 1, self._past, self._banned(self.drawn), mask), *self._trials())
         return RowPlan(
             tokens,
             self.computed,
@@ -181,6 +210,10 @@ class Sequence:
             self._scores(count) if self.request.sampling.prompt_logprobs is not None else (),
             self._pool(count),
         )
+
+    def _trials(self) -> tuple[Draw, ...]:
+        """Return the draws after guessed tokens, which follow the one after the pending."""
+        return tuple(Draw(at, banned=self._banned(self.drawn + at)) for at in range(1, len(self._guessed) + 1))
 
     def _scores(self, count: int) -> tuple[Score, ...]:
         """Return the tokens of the prompt that are looked for after the next `count`, and were not yet."""

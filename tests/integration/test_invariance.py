@@ -136,6 +136,57 @@ def test_going_through_a_recorded_output_gives_the_bits_of_generating_it(directo
     assert_as_alone(directory, outputs)
 
 
+def plain(length: int, name: str, **sampling: object) -> GenerationRequest:
+    """What may be guessed: nothing looks back. With two tokens to choose from, the model repeats itself."""
+    few = {"ignore_eos": True, "top_logprobs": 5, "allowed_tokens": (7, 40)}
+    return make_request(name, prompt(length), 60, seed=length, **few, **sampling)
+
+
+@pytest.mark.parametrize("trials", [4, 24, 200])
+def test_guesses_change_no_bit_and_save_steps(directory: Path, trials: int) -> None:
+    requests = [plain(length, f"greedy-{length}", temperature=0.0) for length in LENGTHS]
+    requests += [plain(length, f"drawn-{length}", temperature=0.3, stop=("qq",)) for length in LENGTHS]
+    steps = {}
+    outputs = {}
+    for rows in (0, trials):
+        core = model_core(load_model(directory), 1024, trial_rows=rows, token_budget=400)
+        outputs[rows] = {name: bits(output) for name, output in run_all(core, requests).items()}
+        steps[rows] = core.metrics().steps
+    assert outputs[0] == outputs[trials]
+    assert steps[trials] < steps[0] or trials < len(requests)  # each row may guess
+
+
+GATES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 64, 129, 256, 257, 320)
+
+
+@pytest.mark.parametrize("rows", GATES)
+def test_a_step_of_any_number_of_rows_changes_no_bit(tiny_models: dict[str, Path], rows: int) -> None:
+    """As many sequences as rows decode at once: mine among others that are structured, forced, forks of one prompt, or
+    guess; and prefills come and go beside them."""
+    directory = tiny_models["wide"]
+    core = model_core(
+        load_model(directory),
+        2048,
+        max_sequences=rows,
+        token_budget=max(rows, 160),
+        trial_rows=rows + 8,
+        chunk_tokens=48,
+    )
+    mine = [ask(length) for length in LENGTHS[: max(1, min(rows, len(LENGTHS)))]]
+    forced = [replace(ask(17, f"forced-{n}"), forced=tuple(alone(directory, 17)[0])) for n in range(rows // 16)]
+    forks = [replace(ask(63, f"fork-{n}"), sampling=replace(ask(63).sampling, seed=n)) for n in range(rows // 8)]
+    guessed = [plain(15 + n, f"guess-{n}", temperature=0.0) for n in range(rows // 16)]
+    free = others(max(0, rows - len(forced) - len(forks) - len(guessed)))
+    outputs = run_all(core, [*free[::2], *mine, *forced, *forks, *guessed, *free[1::2]], check=False)
+    assert core.check_integrity() == ()
+    for request in mine:
+        assert bits(outputs[request.request_id]) == alone(directory, len(request.prompt))
+    for n in range(len(forced)):
+        assert bits(outputs[f"forced-{n}"]) == alone(directory, 17)
+    for n, request in enumerate(forks[:4]):
+        assert bits(outputs[f"fork-{n}"]) == bits(run_all(model_core(load_model(directory)), [request])[f"fork-{n}"])
+
+
 def read(length: int, name: str, pooling: Pooling | None) -> GenerationRequest:
     """Asked for the vector of a prompt, or for the log-probabilities of its tokens."""
     request = make_request(name, prompt(length), 1, seed=length, prompt_logprobs=None if pooling else 5)

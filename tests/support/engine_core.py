@@ -45,6 +45,7 @@ def make_limits(**changes: int) -> EngineLimits:
         "chunk_tokens": 512,
         "waiting_limit": 256,
         "key_limit": 100_000,
+        "trial_rows": 0,
     }
     return EngineLimits(**(values | changes))
 
