@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+QUESTION = "What does a transfer abroad cost?"
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -50,12 +52,24 @@ class Load:
 
 
 def run_load(
-    url: str, token_file: str, model: str, concurrency: int, requests: int, max_tokens: int, *, stream: bool = True
+    url: str,
+    token_file: str,
+    model: str,
+    concurrency: int,
+    requests: int,
+    max_tokens: int = 64,
+    *,
+    stream: bool = True,
+    workload: Path | None = None,
 ) -> Load:
-    """Run the client in its own process and return what it measured."""
+    """Run the client in its own process and return what it measured.
+
+    `workload`: a line a request, each `{"text": …, "max_tokens": …}`, asked in turn; without it, one question for all.
+    """
     command = [sys.executable, "-m", "tests.benchmarks.load", "--url", url, "--token-file", token_file]
     command += ["--model", model, "--concurrency", str(concurrency), "--requests", str(requests)]
     command += ["--max-tokens", str(max_tokens), *([] if stream else ["--no-stream"])]
+    command += ["--workload", str(workload)] if workload is not None else []
     if shutil.which("chrt") and subprocess.run(["chrt", "-f", "1", "true"], capture_output=True).returncode == 0:
         command = ["chrt", "-f", "1", *command]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -100,13 +114,16 @@ async def _run(arguments: argparse.Namespace) -> Load:
     body: dict[str, object] = {
         "model": arguments.model,
         "stream": arguments.stream,
-        "max_tokens": arguments.max_tokens,
+        "max_tokens": 8,
         "temperature": 0,
         "ignore_eos": True,
-        "messages": [{"role": "user", "content": "What does a transfer abroad cost?"}],
+        "messages": [{"role": "user", "content": QUESTION}],
     }
     if arguments.stream:
         body["stream_options"] = {"include_usage": True}
+    workload = [{"text": QUESTION, "max_tokens": arguments.max_tokens}]
+    if arguments.workload is not None:
+        workload = [json.loads(line) for line in arguments.workload.read_text().splitlines()]
     results: list[_One] = []
     async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as session:
         for _ in range(2):
@@ -114,8 +131,10 @@ async def _run(arguments: argparse.Namespace) -> Load:
         turns = iter(range(arguments.requests))
 
         async def work() -> None:
-            for _ in turns:
-                results.append(await _ask(session, url, body))
+            for turn in turns:
+                one = workload[turn % len(workload)]
+                asked = {"messages": [{"role": "user", "content": one["text"]}], "max_tokens": one["max_tokens"]}
+                results.append(await _ask(session, url, body | asked))
 
         start = time.perf_counter()
         await asyncio.gather(*(work() for _ in range(arguments.concurrency)))
@@ -147,6 +166,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--no-stream", dest="stream", action="store_false")
+    parser.add_argument("--workload", type=Path)
     arguments = parser.parse_args()
     if urlsplit(arguments.url).hostname not in ("127.0.0.1", "localhost"):
         parser.error("only loopback")

@@ -46,10 +46,11 @@ OBLIGATIONS = "guardrails: [pii-in, secrets-in, pii-out], limits: wide"
 SCRIPTED_ANSWER = "A transfer abroad costs twelve euros and takes two days. " * 8
 
 
-def make_engine(name: str, data: Path) -> Engine:
+def make_engine(name: str, data: Path, model: Path | None) -> Engine:
     if name == "scripted":
         return ScriptedEngine(lambda prompt: SCRIPTED_ANSWER)
-    return load_model(load_settings(None, {}, {"data_dir": str(data)}))
+    overrides = {"data_dir": str(data), **({"model.path": str(model)} if model is not None else {})}
+    return load_model(load_settings(None, {}, overrides))
 
 
 def run_governed(data: Path, port: int, engine: Engine, commit_delay_s: float) -> None:
@@ -122,9 +123,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
+    parser.add_argument("--model", type=Path, help="a directory, instead of the demonstration model")
     parser.add_argument("--commit-delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
-    engine = make_engine(arguments.engine, arguments.data)
+    engine = make_engine(arguments.engine, arguments.data, arguments.model)
     if arguments.kind == "bare":
         run_bare(arguments.data, arguments.port, engine)
     else:
