@@ -44,6 +44,7 @@ class WaitingQueue:
         """`places`: sequences that run at once."""
         self._places = places
         self._keys: dict[str, _Key] = {}  # in flight
+        self._weight = 0  # of all of them
 
     def __len__(self) -> int:
         return sum(len(key.waiting) for key in self._keys.values())
@@ -59,7 +60,9 @@ class WaitingQueue:
         if name not in self._keys:
             lowest = min((key.count for key in self._keys.values()), default=0.0)
             self._keys[name] = _Key(sequence.request.weight, lowest)
+            self._weight += sequence.request.weight
         key = self._keys[name]
+        self._weight += sequence.request.weight - key.weight
         key.weight = sequence.request.weight
         key.in_flight += 1
         insort(key.waiting, sequence, key=_turn)
@@ -90,6 +93,7 @@ class WaitingQueue:
         key = self._key(sequence)
         key.in_flight -= 1
         if not key.in_flight:
+            self._weight -= key.weight
             del self._keys[sequence.request.fairness_key]
 
     @property
@@ -112,7 +116,7 @@ class WaitingQueue:
         return key.running > self._share(key)
 
     def _share(self, key: _Key) -> int:
-        return max(1, self._places * key.weight // sum(other.weight for other in self._keys.values()))
+        return max(1, self._places * key.weight // self._weight)
 
     def excess(self, sequence: Sequence) -> float:
         """Return how many places the key of `sequence` has, by weight."""

@@ -53,6 +53,10 @@ def exercise(server: ServerProcess, bearer: str) -> list[bytes]:
         streamed = client.post(chat, json=body(PROMPT, stream=True, logprobs=True, **more)).raise_for_status()
         assert "[DONE]" in streamed.text
         assert client.post("/v1/completions", json={"model": MODEL, "prompt": PROMPT}).status_code == 200
+        responded = client.post("/v1/responses", json={"model": MODEL, "input": PROMPT, "instructions": METADATA})
+        assert OUTPUT in responded.raise_for_status().text
+        vectors = {"model": MODEL, "input": [PROMPT, METADATA]}
+        client.post("/v1/embeddings", json=vectors).raise_for_status()
         errors += [
             client.post(chat, json=body(f"explode {PROMPT}")),
             client.post(chat, json=body(f"explode {PROMPT}", stream=True)),
@@ -62,6 +66,11 @@ def exercise(server: ServerProcess, bearer: str) -> list[bytes]:
             client.post(chat, json={**body(PROMPT), "messages": [{"role": HOSTILE, "content": PROMPT}]}),
             client.post(chat, content=f'{{"model": "{HOSTILE}'.encode(), headers={"content-type": "application/json"}),
             client.post(chat, content=PROMPT.encode(), headers={"content-type": HOSTILE}),
+            client.post(
+                chat, json={**body(PROMPT), "tools": [{"type": "function", "function": {"name": HOSTILE + " "}}]}
+            ),
+            client.post("/v1/responses", json={"model": MODEL, "input": PROMPT, "previous_response_id": HOSTILE}),
+            client.post("/v1/embeddings", json={"model": MODEL, "input": PROMPT, "dimensions": HOSTILE}),
             client.post(chat, json=body(PROMPT), headers={"probity-purpose": f"{HOSTILE} !"}),
             client.post(f"/v1/{HOSTILE}", json=body(PROMPT)),
             client.get(f"/v1/models/{HOSTILE}"),
@@ -132,11 +141,11 @@ def _assert_all_of_it_is_on_record(database: Path) -> None:
         parts = dict(connection.execute("SELECT part, count(*) FROM content GROUP BY part").fetchall())
     finally:
         connection.close()
-    assert counts["request.received"] == 6
-    assert counts["request.completed"] == 4
+    assert counts["request.received"] == 8
+    assert counts["request.completed"] == 6
     assert counts["request.failed"] == 2
     assert counts["request.denied"] >= 1
-    assert parts["output"] == 6
+    assert parts["output"] == 8
 
 
 @pytest.mark.timeout(120)

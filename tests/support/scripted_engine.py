@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
 from engine.dialect import Dialect
@@ -106,6 +107,10 @@ class ScriptedEngine:
             raise EngineDraining("draining")
         if self._fail_with is not None:
             raise self._fail_with
+        if request.pooling is not None:
+            vector = struct.pack("<8f", *(byte / 255 for byte in hashlib.sha256(bytes(request.prompt)).digest()[:8]))
+            yield TokenDelta("", (), (), FinishReason.STOP, self._stats(request, vector), embedding=vector)
+            return
         self._running.add(request.request_id)
         self.prompts.append(self.decode(request.prompt))
         try:
