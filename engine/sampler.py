@@ -15,6 +15,9 @@ Source: Gumbel-max trick (Maddison et al., 2014); mix is the finaliser of SplitM
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -23,6 +26,12 @@ from engine.request import SamplingParams
 
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint64]
+Ids = npt.NDArray[np.intp]
+
+FIRST_LOOK = 256  # tokens that are put in order for top-p, before more are
+LOG_2 = math.log(2)
+PART = 8_192  # tokens looked at together: what is made of them stays in the processor's cache
+SLACK = 1e-9  # of a bound, relative, for what it was rounded by
 
 ANYWHERE = Draw(0)  # nothing stands before, nothing is ruled out
 
@@ -39,8 +48,11 @@ def sample(logits: npt.NDArray[np.float32], params: SamplingParams, position: in
     scores = adjust(logits, params, draw)
     if params.temperature == 0:
         return int(np.argmax(scores))
-    scores = keep(scores.astype(np.float64) / params.temperature, params)
-    return int(np.argmax(scores + gumbel(params.seed, position, scores.size)))
+    scores = scores.astype(np.float64) / params.temperature
+    ids = keep(scores, params)
+    if ids is None:
+        return winner(scores, params.seed, position)
+    return int(ids[np.argmax(scores[ids] + gumbel(params.seed, position, ids))])
 
 
 def adjust(logits: npt.NDArray[np.float32], params: SamplingParams, draw: Draw) -> npt.NDArray[np.float32] | Floats:
@@ -84,34 +96,87 @@ def _penalise(scores: Floats, params: SamplingParams, past: PastTokens) -> None:
         scores[ids] -= params.frequency_penalty * counts + params.presence_penalty
 
 
-def keep(scores: Floats, params: SamplingParams) -> Floats:
-    """Return the scores with everything that top-k, top-p and min-p exclude at −∞."""
-    if params.top_k == 0 and params.top_p >= 1 and params.min_p <= 0:
-        return scores
-    order = np.argsort(-scores, kind="stable")  # best first, ties by lowest id
-    kept = scores[order]
-    if 0 < params.top_k < kept.size:
-        kept[params.top_k :] = -np.inf
-    weights = np.exp(kept - kept[0])
+def keep(scores: Floats, params: SamplingParams) -> Ids | None:
+    """Return the ids that top-k, top-p and min-p leave, ascending; None where they leave all.
+
+    Cost: a pass or two over the scores; only what may be kept is put in order.
+    """
+    ids: Ids | None = None
+    best = scores.max()
+    if 0 < params.top_k < scores.size:
+        ids = _best(scores, params.top_k)
     if params.top_p < 1:
-        before = np.cumsum(weights) - weights  # mass of what is better
-        kept[before >= params.top_p * weights.sum()] = -np.inf
-        kept[0] = scores[order[0]]  # the best always stays
+        ids = _nucleus(scores, ids, params.top_p)
     if params.min_p > 0:
-        kept[weights < params.min_p] = -np.inf  # relative to the best, whose weight is 1
-    result = np.empty_like(scores)
-    result[order] = kept
-    return result
+        among = np.arange(scores.size) if ids is None else ids
+        ids = among[np.exp(scores[among] - best) >= params.min_p]  # relative to the best, whose weight is 1
+    return None if ids is None else np.sort(ids)
 
 
-def gumbel(seed: int, position: int, vocabulary: int) -> Floats:
-    """Return the noise of every vocabulary id at `position`, [vocabulary]."""
+def _best(scores: Floats, count: int) -> Ids:
+    """Return the ids of the `count` best, best first, ties by lowest id."""
+    edge = np.partition(scores, scores.size - count)[scores.size - count]
+    above = np.flatnonzero(scores > edge)
+    ids = np.concatenate((above, np.flatnonzero(scores == edge)[: count - above.size]))
+    ranked: Ids = ids[np.lexsort((ids, -scores[ids]))]
+    return ranked
+
+
+def _nucleus(scores: Floats, ids: Ids | None, share: float) -> Ids:
+    """Return, of `ids` or of all, the best that hold `share` of the mass together; the best always."""
+    best = scores.max()
+    total = np.exp((scores if ids is None else scores[ids]) - best).sum()
+    ranked = _best(scores, min(FIRST_LOOK, scores.size)) if ids is None else ids
+    while True:
+        weights = np.exp(scores[ranked] - best)
+        mass = np.cumsum(weights)
+        if ids is not None or ranked.size == scores.size or mass[-1] >= share * total:
+            break
+        ranked = _best(scores, min(8 * ranked.size, scores.size))
+    kept = mass - weights < share * total  # the mass of what is better
+    kept[0] = True
+    nucleus: Ids = ranked[kept]
+    return nucleus
+
+
+def winner(scores: Floats, seed: int, position: int) -> int:
+    """Return the id whose score and noise together are most, ties by lowest id.
+
+    The noise of a token is below −log(1 − u), and that is found from the exponent of 1 − u alone; only where it could
+    win is the noise itself worked out. Most of a vocabulary could not.
+    """
+    token, most = 0, -math.inf
+    for start in range(0, scores.size, PART):
+        part = scores[start : start + PART]
+        uniform = _uniform(seed, position, np.arange(start, start + part.size, dtype=np.uint64))
+        bound = part + (1 - np.frexp(1 - uniform)[1]) * LOG_2
+        likely = int(np.argmax(bound))
+        least = max(most, float(part[likely] + _noise(uniform[likely])))
+        ids = np.flatnonzero(bound >= least - SLACK * max(1.0, abs(least)))
+        if ids.size:
+            values = part[ids] + _noise(uniform[ids])
+            at = int(np.argmax(values))
+            if values[at] > most:
+                token, most = start + int(ids[at]), float(values[at])
+    return token
+
+
+def gumbel(seed: int, position: int, ids: Ids) -> Floats:
+    """Return the noise of vocabulary ids at `position`, in their order."""
+    noise: Floats = _noise(_uniform(seed, position, ids.astype(np.uint64)))
+    return noise
+
+
+def _uniform(seed: int, position: int, ids: Words) -> Floats:
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(seed) * _A + _mix(np.uint64(position) * _B + _C))
-        words = _mix(state + np.arange(vocabulary, dtype=np.uint64) * _A)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-    noise: Floats = -np.log(-np.log(uniform))
-    return noise
+        words = _mix(state + ids * _A)
+    uniform: Floats = ((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    return uniform
+
+
+def _noise(uniform: Any) -> Any:
+    return -np.log(-np.log(uniform))
 
 
 def _mix(word: np.uint64 | Words) -> Words:

@@ -1,6 +1,6 @@
 """Attention over the paged cache: causal, grouped heads, every row's bits independent of everything else.
 
-Numeric contract. The keys of a sequence are taken in segments of 256 at *absolute* positions; each gives a softmax
+Numeric contract. The keys of a sequence are taken in segments of 512 at *absolute* positions; each gives a softmax
 state (m, l, o), and states are merged in ascending order. A decode step's one token and a prefill's many go through
 products of one shape, 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a
 segment's state keep that: `segment_fused` is the library's one-pass kernel, always given 16 rows; `segment_tiled` walks

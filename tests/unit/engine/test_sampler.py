@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.plan import Draw, PastTokens
 from engine.request import MAX_SEED, SamplingParams
-from engine.sampler import adjust, gumbel, keep, sample
+from engine.sampler import adjust, gumbel, keep, sample, winner
 
 GOLDEN_FIRST = [582, 882, 849, 692, 937, 990, 704, 996]
 GOLDEN_ALL = "dfb81738ffea6b27465ebadd1ef972f87c6f0a53e41bf462e4e52a2c0aafb7f0"
@@ -41,7 +41,7 @@ def noise_reference(seed: int, position: int, token: int) -> float:
 @given(seed=st.integers(0, MAX_SEED), position=st.integers(0, 10**6), vocabulary=st.integers(1, 70))
 def test_noise_equals_the_formula_in_plain_integers(seed: int, position: int, vocabulary: int) -> None:
     expected = [noise_reference(seed, position, token) for token in range(vocabulary)]
-    np.testing.assert_allclose(gumbel(seed, position, vocabulary), expected, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(gumbel(seed, position, np.arange(vocabulary)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_tokens_of_a_seed_never_change() -> None:
@@ -53,13 +53,13 @@ def test_the_tokens_of_a_seed_never_change() -> None:
 
 
 def test_noise_depends_on_each_of_seed_position_and_token_and_on_nothing_else() -> None:
-    base = gumbel(1, 2, 100)
-    assert np.array_equal(base, gumbel(1, 2, 100))
-    assert np.array_equal(base[:37], gumbel(1, 2, 37))
-    assert not np.isin(base, gumbel(2, 2, 100)).any()
-    assert not np.isin(base, gumbel(2, 1, 100)).any()
+    base = gumbel(1, 2, np.arange(100))
+    assert np.array_equal(base, gumbel(1, 2, np.arange(100)))
+    assert np.array_equal(base[:37], gumbel(1, 2, np.arange(37)))
+    assert not np.isin(base, gumbel(2, 2, np.arange(100))).any()
+    assert not np.isin(base, gumbel(2, 1, np.arange(100))).any()
     assert len(set(base.tolist())) == 100
-    assert np.isfinite(gumbel(MAX_SEED, 2**40, 200_000)).all()
+    assert np.isfinite(gumbel(MAX_SEED, 2**40, np.arange(200_000))).all()
 
 
 def test_greedy_takes_the_lowest_of_the_best() -> None:
@@ -80,10 +80,54 @@ def test_temperature_sharpens_before_anything_is_excluded() -> None:
 
 
 def kept(row: np.ndarray, **changes: object) -> set[int]:
-    scores = keep(row.astype(np.float64), params(**changes))
-    finite = np.isfinite(scores)
-    assert np.array_equal(scores[finite], row.astype(np.float64)[finite])
-    return set(np.flatnonzero(finite).tolist())
+    ids = keep(row.astype(np.float64), params(**changes))
+    return set(range(row.size)) if ids is None else set(ids.tolist())
+
+
+def keep_reference(scores: np.ndarray, chosen: SamplingParams) -> set[int]:
+    """By putting everything in order."""
+    order = sorted(range(scores.size), key=lambda index: (-scores[index], index))
+    if 0 < chosen.top_k < scores.size:
+        order = order[: chosen.top_k]
+    weights = [math.exp(scores[index] - scores.max()) for index in order]
+    total = math.fsum(weights)
+    left = [order[at] for at in range(len(order)) if at == 0 or math.fsum(weights[:at]) < chosen.top_p * total]
+    if chosen.top_p >= 1:
+        left = order
+    return {index for index in left if math.exp(scores[index] - scores.max()) >= chosen.min_p}
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.sampled_from([1, 2, 50, 257, 3000]),
+    spread=st.sampled_from([0.0, 0.3, 4.0]),
+    top_k=st.sampled_from([0, 1, 7, 300, 5000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.31, 0.001]),
+    min_p=st.sampled_from([0.0, 0.07]),
+)
+def test_what_is_kept_is_what_putting_everything_in_order_keeps(
+    seed: int, count: int, spread: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    row = np.round(np.random.default_rng(seed).normal(size=count) * spread, 3)  # with ties
+    row[:: max(1, count // 3)] = -np.inf if count > 2 else 0.0
+    row[-1] = 0.0
+    chosen = params(top_k=top_k, top_p=top_p, min_p=min_p)
+    assert kept(row, top_k=top_k, top_p=top_p, min_p=min_p) == keep_reference(row, chosen)
+
+
+@given(
+    seed=st.integers(0, MAX_SEED),
+    position=st.integers(0, 10**5),
+    count=st.sampled_from([1, 2, 999, 20_000]),
+    temperature=st.sampled_from([1e-6, 0.1, 1.0, 2.0]),
+)
+def test_the_winner_is_the_one_that_working_out_every_noise_finds(
+    seed: int, position: int, count: int, temperature: float
+) -> None:
+    row = logits(count, seed % 1000).astype(np.float64) / temperature
+    row[:: max(2, count // 5)] = -np.inf
+    expected = int(np.argmax(row + gumbel(seed, position, np.arange(count))))
+    assert winner(row, seed, position) == expected
 
 
 def test_each_rule_keeps_what_it_says() -> None:
@@ -204,7 +248,8 @@ def test_something_is_always_kept_and_drawn_from(
     chosen = params(seed=seed, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature)
     row = logits(seed=seed)
     token = sample(row, chosen, seed)
-    assert np.isfinite(keep(row.astype(np.float64) / temperature, chosen)[token])
+    ids = keep(row.astype(np.float64) / temperature, chosen)
+    assert ids is None or token in ids
 
 
 @pytest.mark.parametrize("rule", [{}, {"top_k": 20}, {"top_p": 0.9, "min_p": 0.02}])
