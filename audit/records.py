@@ -128,6 +128,7 @@ class ModelEntry:
     tokenizer: str
     template: str
     engine: str  # digest of the numeric policy
+    adapter: str | None = None  # digest of what was loaded beside the weights
 
 
 @dataclass(frozen=True, slots=True)

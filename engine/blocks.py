@@ -7,10 +7,11 @@ A block is in exactly one of three states:
     used    held by `references` ≥ 1 sequences; may carry a key as well
 
 Only full blocks carry a key. The key of a block is a SHA-256 chain over everything before it, rooted in the cache
-salt: equal keys mean equal salt, equal tokens at equal positions, hence (by the engine's contract) equal bits. Blocks
-of one salt are unreachable from another because the root differs.
+salt and the adapter: equal keys mean equal salt, equal weights, equal tokens at equal positions, hence (by the engine's
+contract) equal bits. Blocks of one salt, or of one adapter, are unreachable from another because the root differs.
 
-    root  = SHA-256("probity/kv-root/1" ‖ salt)
+    root  = SHA-256("probity/kv-root/1" ‖ salt); with an adapter
+            SHA-256("probity/kv-adapter-root/1" ‖ SHA-256(name of the adapter) ‖ salt)
     key_i = SHA-256(key_{i−1} ‖ 16 token ids, each u32 little-endian),  key_{−1} = root
     e.g. salt b"tenant-a", tokens 0 … 15:
          key_0 = 1316eb74…  (tests/unit/engine/test_blocks.py holds it whole)
@@ -60,8 +61,10 @@ class Finding:
     message: str
 
 
-def root_key(salt: bytes) -> bytes:
-    return hashlib.sha256(b"probity/kv-root/1" + salt).digest()
+def root_key(salt: bytes, adapter: str | None = None) -> bytes:
+    if adapter is None:
+        return hashlib.sha256(b"probity/kv-root/1" + salt).digest()
+    return hashlib.sha256(b"probity/kv-adapter-root/1" + hashlib.sha256(adapter.encode()).digest() + salt).digest()
 
 
 def chain_key(parent: bytes, tokens: Sequence[int]) -> bytes:

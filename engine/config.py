@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+MAX_ADAPTERS = 64
+
 # EngineStartError        catch this: the engine does not start; the message says what to do
 # ├── ConfigError         a value of EngineConfig
 # ├── WeightsError        weights.py: a file of the model directory
+# ├── AdapterError        adapters.py: an adapter, its files or what it asks for
 # └── UnsupportedModel    an architecture or feature that cannot be served exactly
 
 
@@ -35,6 +38,7 @@ class EngineConfig:
     context_length: int | None = None  # ≥ 2; None: the model's own
     trial_rows: int = 16  # tokens of a step up to which some may be guesses, ≥ 0; 0: nothing is guessed
     stuck_after_s: float = 60.0  # > 0
+    adapters: tuple[tuple[str, Path], ...] = ()  # name, PEFT directory; at most MAX_ADAPTERS, no name twice
 
     def __post_init__(self) -> None:
         least = {"kv_cache_mib": 1, "max_sequences": 1, "max_tokens_per_step": 1, "max_waiting": 0, "trial_rows": 0}
@@ -49,5 +53,11 @@ class EngineConfig:
             wrong.append("`max_tokens_per_step` must be at least `max_sequences`")
         if not self.stuck_after_s > 0:
             wrong.append("`stuck_after_s` must be above 0")
+        names = [name for name, _ in self.adapters]
+        if len(names) > MAX_ADAPTERS:
+            wrong.append(f"`adapters` must be at most {MAX_ADAPTERS}")
+        wrong += [
+            f"`adapters` names `{name}` twice" for name in sorted({name for name in names if names.count(name) > 1})
+        ]
         if wrong:
             raise ConfigError("; ".join(wrong))

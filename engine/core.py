@@ -38,8 +38,10 @@ class EngineCore:
         eos_ids: frozenset[int],
         detokenizer_for: DetokenizerFor,
         clock: Callable[[], float] = time.monotonic,
+        adapters: frozenset[str] = frozenset(),  # those that the runner has
     ) -> None:
         self.limits = limits
+        self._adapters = adapters
         self.scheduler = Scheduler(limits, BlockPool(runner.block_count), eos_ids)
         self._runner = runner
         self._detokenizer_for = detokenizer_for
@@ -62,6 +64,8 @@ class EngineCore:
         """
         if request.request_id in self._generations:
             raise RequestRefused("`request_id` is already in flight; use a new one", "request_id")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise RequestRefused("`adapter` is not loaded", "adapter")  # and would be missed in the middle of a step
         detokenizer = self._detokenizer_for(request.sampling)
         if (request.sampling.structure is None) != (start is None):
             raise RequestRefused("`structure` was not compiled", "structure")

@@ -7,7 +7,7 @@ stands in the numeric policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from engine.config import EngineStartError
 from engine.logprobs import log_softmax, token_logprob
-from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs
+from engine.models.decoder import Adapted, Adapter, Decoder, DecoderConfig, KVCache, StepInputs
 from engine.plan import BLOCK_SIZE, Draw, Reading, RowPlan, StepPlan, StepResult
 from engine.pooling import pool
 from engine.request import TokenLogprob
 from engine.sampler import sample
 from kernels import paged_attention
 from kernels.attention_plan import plan_attention
-from kernels.linear import Linear, linear, linear_fixed_tiles, verify_invariance
+from kernels.linear import TILE_M, Linear, linear, linear_fixed_tiles, verify_invariance
 from kernels.paged_attention import SEGMENTS
 
 BYTES_PER_VALUE = 2  # bfloat16
@@ -65,6 +65,20 @@ def choose_segment(config: DecoderConfig) -> str:
     raise InvarianceUnavailable("no attention of this machine is invariant; answers could not be replayed")
 
 
+def verify_adapters(adapters: Iterable[Adapter]) -> None:
+    """Return if what adapters add to a row is invariant here.
+
+    Raises:
+        InvarianceUnavailable: for one of their shapes it is not.
+    """
+    factors = {
+        factor for one in adapters for layer in one.layers for low in layer.values() for factor in (low.down, low.up)
+    }
+    for rows, columns in sorted({(factor.shape[0], factor.shape[1]) for factor in factors}):
+        if not verify_invariance(linear_fixed_tiles, (rows, columns), torch.bfloat16, 2 * TILE_M + 1):
+            raise InvarianceUnavailable("no adapter is invariant on this machine; start without `adapters`")
+
+
 class LinearByShape:
     """A `kernels.linear.Linear` that takes each weight to the product chosen for its shape."""
 
@@ -79,10 +93,11 @@ class LinearByShape:
 class ModelRunner:
     """`plan.Runner` on a decoder. One thread at a time."""
 
-    def __init__(self, decoder: Decoder, block_count: int) -> None:
+    def __init__(self, decoder: Decoder, block_count: int, adapters: Mapping[str, Adapter] | None = None) -> None:
         config = decoder.config
         shape = (block_count + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
         self._decoder = decoder
+        self._adapters = adapters or {}
         self._block_count = block_count
         self.caches = [
             KVCache(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
@@ -119,7 +134,23 @@ class ModelRunner:
                 BLOCK_SIZE,
                 zero_slot=self._block_count * BLOCK_SIZE,
             ),
+            adapted=self._adapted(rows),
         )
+
+    def _adapted(self, rows: Sequence[RowPlan]) -> tuple[Adapted, ...]:
+        """Return which tokens of the step are computed with which adapter."""
+        names = {row.adapter for row in rows}
+        if names == {None}:
+            return ()
+        if len(names) == 1:
+            return tuple(Adapted(self._adapters[name], None) for name in names if name is not None)
+        tokens: dict[str, list[int]] = {}
+        first = 0
+        for row in rows:
+            if row.adapter is not None:
+                tokens.setdefault(row.adapter, []).extend(range(first, first + len(row.tokens)))
+            first += len(row.tokens)
+        return tuple(Adapted(self._adapters[name], torch.tensor(indices)) for name, indices in tokens.items())
 
 
 def _looked_at(rows: Sequence[RowPlan]) -> Tensor:

@@ -64,7 +64,7 @@ _SWITCHES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
-_ARITHMETIC = frozenset({"decoder.py", "grammar.py", "sampler.py", "logprobs.py", "model_runner.py"})
+_ARITHMETIC = frozenset({"adapters.py", "decoder.py", "grammar.py", "sampler.py", "logprobs.py", "model_runner.py"})
 
 
 def _version(package: str) -> str | None:

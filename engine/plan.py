@@ -80,6 +80,7 @@ class RowPlan:
     draws: tuple[Draw, ...]  # by offset; none: a chunk of a prompt; one: its end, or a decode; many: a forced output
     scores: tuple[Score, ...] = ()  # by offset
     pool: Pool | None = None
+    adapter: str | None = None  # by name; None: the base model alone
 
     def position(self, draw: Draw) -> int:
         """Return the absolute position of the token to be sampled: its noise is of (seed, position)."""

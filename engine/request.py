@@ -132,6 +132,7 @@ class GenerationRequest:
     forced: tuple[int, ...] = ()
     # Instead of generating: the vector of the prompt. `sampling` is looked at no further; the one delta brings no text.
     pooling: Pooling | None = None
+    adapter: str | None = None  # what is loaded beside the model, by name; None: the model alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +174,22 @@ class TokenDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    name: str  # as requests name it; the digest does not depend on it
+    digest: str  # of its files
+
+
+@dataclass(frozen=True, slots=True)
 class ModelVersion:
     """What answered. Every digest is `sha256:<64 hex>`."""
 
     name: str
-    digest: str  # over the four below
+    digest: str  # over the digests below
     weights: str
     config: str
     tokenizer: str
     template: str  # the chat template
+    adapter: AdapterVersion | None = None  # None: the model alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +215,14 @@ class Engine(Protocol):
     """What the gateway needs of an engine. Ours is `EngineRuntime`; tests bring a scripted one."""
 
     @property
-    def model(self) -> ModelVersion: ...
+    def model(self) -> ModelVersion:
+        """The model without any adapter."""
+        ...
+
+    @property
+    def versions(self) -> Mapping[str, ModelVersion]:
+        """Everything that can answer, by digest: the model alone, and with each adapter."""
+        ...
 
     @property
     def numeric_policy(self) -> str:

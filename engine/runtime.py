@@ -25,6 +25,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from engine.core import Emission, EngineCore
@@ -111,6 +112,7 @@ class EngineRuntime:
         model: ModelVersion,
         numeric_policy: str,
         *,
+        adapted: Iterable[ModelVersion] = (),  # versions of the model with each adapter of the core
         grammars: Grammars | None = None,  # none: structures are refused
         times: RuntimeTimes | None = None,
         report: Report | None = None,  # of a step that is stuck or failed, and where; without it, a line in the log
@@ -119,6 +121,7 @@ class EngineRuntime:
         self._core = core
         self._codec = codec
         self._model = model
+        self._versions = MappingProxyType({version.digest: version for version in (model, *adapted)})
         self._numeric_policy = numeric_policy
         self._grammars = grammars
         self._compiling = asyncio.Semaphore(COMPILED_AT_ONCE)
@@ -147,6 +150,10 @@ class EngineRuntime:
     @property
     def model(self) -> ModelVersion:
         return self._model
+
+    @property
+    def versions(self) -> Mapping[str, ModelVersion]:
+        return self._versions
 
     @property
     def numeric_policy(self) -> str:

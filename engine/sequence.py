@@ -161,7 +161,7 @@ class Sequence:
     def key(self, index: int) -> bytes:
         """Return the prefix-cache key of block `index`; its BLOCK_SIZE tokens must be known."""
         while len(self._keys) <= index:
-            parent = self._keys[-1] if self._keys else root_key(self.request.cache_salt)
+            parent = self._keys[-1] if self._keys else root_key(self.request.cache_salt, self.request.adapter)
             start = len(self._keys) * BLOCK_SIZE
             self._keys.append(chain_key(parent, self.tokens[start : start + BLOCK_SIZE]))
         return self._keys[index]
@@ -209,6 +209,7 @@ class Sequence:
             draws,
             self._scores(count) if self.request.sampling.prompt_logprobs is not None else (),
             self._pool(count),
+            self.request.adapter,
         )
 
     def _trials(self) -> tuple[Draw, ...]:

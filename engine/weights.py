@@ -5,6 +5,8 @@ A version's digest covers what an answer depends on: weights, configuration, tok
     sha256:7a… = SHA-256("probity/model/v1\\nweights sha256:e3…\\nconfig sha256:0b…\\ntokenizer sha256:51…\\n
                           template sha256:9c…\\n")
 
+With an adapter (adapters.py) a last line follows: adapter sha256:d4…\\n
+
 Reads the Hugging Face layout: config.json, generation_config.json, *.safetensors (with an index if sharded).
 """
 
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +98,23 @@ def digest_directory(directory: Path) -> ModelVersion:
     """Return the version of the model in `directory`. Raises WeightsError."""
     if not directory.is_dir():
         raise WeightsError(f"`{directory.name}` is not a directory; give the path of a Hugging Face model directory")
-    weights = _joined((path.name, _file_digest(path)) for path in shards(directory))
-    config = _joined((name, _file_digest(directory / name)) for name in _present(directory, _CONFIG_FILES))
-    tokenizer = _joined((name, _file_digest(directory / name)) for name in _present(directory, _TOKENIZER_FILES))
+    weights = joined_digest((path.name, file_digest(path)) for path in shards(directory))
+    config = joined_digest((name, file_digest(directory / name)) for name in _present(directory, _CONFIG_FILES))
+    tokenizer = joined_digest((name, file_digest(directory / name)) for name in _present(directory, _TOKENIZER_FILES))
     template = "sha256:" + hashlib.sha256(chat_template(directory).encode()).hexdigest()
-    text = f"probity/model/v1\nweights {weights}\nconfig {config}\ntokenizer {tokenizer}\ntemplate {template}\n"
-    digest = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-    return ModelVersion(directory.resolve().name, digest, weights, config, tokenizer, template)
+    version = ModelVersion(directory.resolve().name, "", weights, config, tokenizer, template)
+    return replace(version, digest=version_digest(version))
+
+
+def version_digest(version: ModelVersion) -> str:
+    """Return what `version.digest` must be."""
+    text = (
+        f"probity/model/v1\nweights {version.weights}\nconfig {version.config}\n"
+        f"tokenizer {version.tokenizer}\ntemplate {version.template}\n"
+    )
+    if version.adapter is not None:
+        text += f"adapter {version.adapter.digest}\n"
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 _CONFIG_FILES = ("config.json", "generation_config.json")
@@ -125,7 +138,8 @@ def _present(directory: Path, names: tuple[str, ...]) -> list[str]:
     return [name for name in names if (directory / name).is_file()]
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Raises WeightsError."""
     try:
         with path.open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
@@ -133,6 +147,7 @@ def _file_digest(path: Path) -> str:
         raise WeightsError(f"`{path.name}` cannot be read") from error
 
 
-def _joined(files: Any) -> str:
+def joined_digest(files: Iterable[tuple[str, str]]) -> str:
+    """Return the digest over (name, digest) of files, in the order given."""
     text = "".join(f"{digest} {name}\n" for name, digest in files)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

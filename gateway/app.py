@@ -26,7 +26,7 @@ from audit.identifier import NOISE_BYTES, uuid7
 from audit.log import AuditLog, LogSettings
 from audit.reader import AuditReader
 from audit.records import SYSTEM, Record, RecordType
-from engine.request import Engine
+from engine.request import Engine, ModelVersion
 from gateway.admission import Admission
 from gateway.auth.authentication import Authentication
 from gateway.auth.permissions import public_paths
@@ -55,7 +55,8 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock
     log = open_log(settings)
     try:
         engine = engine or load_model(settings)
-        log.append_blocking(_model_loaded(engine))
+        for version in engine.versions.values():
+            log.append_blocking(_model_loaded(version, engine.numeric_policy))
         state = _join(settings, log, engine, clock)
     except BaseException:
         log.close()
@@ -107,6 +108,7 @@ def load_model(settings: Settings) -> Engine:
             max_tokens_per_step=chosen.max_tokens_per_step,
             max_waiting=chosen.max_waiting,
             max_per_key=chosen.max_per_tenant,
+            adapters=settings.model.adapter_directories,
         ),
         report=report_engine_trouble,
     )
@@ -151,8 +153,8 @@ def _restore_limits(ledger: LimitLedger, reader: AuditReader, clock: Clock) -> N
     )
 
 
-def _model_loaded(engine: Engine) -> Record:
-    model = engine.model
+def _model_loaded(model: ModelVersion, numeric_policy: str) -> Record:
+    adapter = model.adapter
     return Record(
         RecordType.MODEL_LOADED,
         SYSTEM,
@@ -163,7 +165,8 @@ def _model_loaded(engine: Engine) -> Record:
             "config": model.config,
             "tokenizer": model.tokenizer,
             "template": model.template,
-            "engine": engine.numeric_policy,
+            "engine": numeric_policy,
+            **({} if adapter is None else {"adapter": {"name": adapter.name, "digest": adapter.digest}}),
         },
     )
 

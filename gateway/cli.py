@@ -340,19 +340,27 @@ def check(
 @model_app.command("digest")
 def model_digest(
     path: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="In the Hugging Face layout.")],
+    adapter: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A LoRA adapter of it, in PEFT's layout.")
+    ] = None,
 ) -> None:
     """Print the version digest under which a policy approves this model; what it is made of goes to stderr."""
+    from engine.adapters import adapter_version
     from engine.config import EngineStartError
     from engine.weights import digest_directory
 
     try:
         version = digest_directory(path)
+        if adapter is not None:
+            version = adapter_version(version, adapter.name, adapter)
     except EngineStartError as refused:
         _fail(str(refused))
     except OSError as error:
         _fail(f"`{error.filename}`: {error.strerror}")
     for name in ("weights", "config", "tokenizer", "template"):
         _say(f"{name}: {getattr(version, name)}")
+    if version.adapter is not None:
+        _say(f"adapter: {version.adapter.digest}")
     print(version.digest)
 
 

@@ -110,7 +110,7 @@ class Generation:
 
     async def run(self) -> None:
         """Generate, release, close. Never raises: whatever happens is in the record and in the outbox."""
-        about = spans.granted(self._grant, self._engine.model)
+        about = spans.granted(self._grant)
         with self._telemetry.stage("probity.generate", about) as note:
             failure = await self._generated_or_failed()
             note(self._figures())
@@ -298,6 +298,7 @@ def _request(grant: Grant, index: int, cache_salt: bytes, weight: int) -> Genera
     """Return what the engine is asked for choice `index`, or for the vector of input `index`."""
     asked = grant.question.request
     pooling = asked.pooling if isinstance(asked, EmbeddingsRequest) else None
+    adapter = grant.model.adapter
     return GenerationRequest(
         request_id=f"{grant.question.request_id}/{index}",
         prompt=grant.prompts[0 if pooling is None else index],
@@ -307,6 +308,7 @@ def _request(grant: Grant, index: int, cache_salt: bytes, weight: int) -> Genera
         weight=weight,
         priority=asked.priority,
         pooling=pooling,
+        adapter=adapter.name if adapter is not None else None,
     )
 
 

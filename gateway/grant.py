@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from engine.request import SamplingParams
+from engine.request import ModelVersion, SamplingParams
 from gateway.schemas.bodies import InferenceRequest
 from gateway.schemas.embeddings import EmbeddingsRequest
 from policies.decision import Decision, Obligations
@@ -37,6 +37,7 @@ class Grant:
     rendered: tuple[str, ...]  # what the model is given, after input guardrails: one prompt; of embeddings, each input
     prompts: tuple[tuple[int, ...], ...]  # their tokens
     sampling: SamplingParams  # of choice 0
+    model: ModelVersion  # what answers
     verdicts: tuple[Verdict, ...]  # of the input guardrails
     decided: float  # monotonic seconds
 

@@ -104,6 +104,7 @@ class Pipeline:
     ) -> None:
         """`weight`: turns of a tenant among others; `max_of_tenant`: None is three quarters of `max_governed`."""
         self._engine = engine
+        self._loaded = frozenset(engine.versions)
         self._policies = policies
         self._ledger = ledger
         self._log = log
@@ -181,7 +182,7 @@ class Pipeline:
         return Answer(
             receipt=str(receipt),
             policy=grant.decision.policy,
-            model=self._engine.model.digest,
+            model=grant.model.digest,
             fingerprint=self._engine.numeric_policy,
             created=int(self._clock.now().timestamp()),
             thinking=self._engine.dialect.thinking(grant.rendered[0]),
@@ -201,7 +202,7 @@ class Pipeline:
         """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
         if self._policies.suspended(question.principal.tenant):
             raise Denied(errors.suspended(), Decision.deny(DeniedBy.STATUS, policy.digest, Reason("suspended")))
-        decision = evaluate(self._access_request(question), policy, frozenset({self._engine.model.digest}))
+        decision = evaluate(self._access_request(question), policy, self._loaded)
         obligations = decision.obligations
         if obligations is None:
             raise Denied(_denial(decision), decision)
@@ -215,6 +216,7 @@ class Pipeline:
             rendered=rendered,
             prompts=prompts,
             sampling=sampling,
+            model=self._engine.versions[obligations.model.version],
             verdicts=verdicts,
             decided=self._clock.monotonic(),
         )
@@ -327,7 +329,7 @@ class Pipeline:
     # --- on record ---
 
     def _received(self, grant: Grant) -> Record:
-        question, model = grant.question, self._engine.model
+        question, model = grant.question, grant.model
         return request_received(
             tenant=question.principal.tenant,
             request_id=question.request_id,
@@ -342,6 +344,7 @@ class Pipeline:
                 tokenizer=model.tokenizer,
                 template=model.template,
                 engine=self._engine.numeric_policy,
+                adapter=model.adapter.digest if model.adapter is not None else None,
             ),
             sampling=_sampling_body(grant),
             guardrails=guardrail_entries(grant.verdicts),
@@ -361,6 +364,16 @@ class Pipeline:
             return UNKNOWN_ALIAS
         known = policy is not None and question.request.model in policy.models
         return question.request.model if known else UNKNOWN_ALIAS
+
+    def _would_answer(self, question: Question) -> str:
+        """Return the version that the alias of a denied request stands for, where the policy knows it and it is here;
+        else that of the model alone."""
+        try:
+            policy = self._policies.current(question.principal.tenant)
+        except StoreUnavailable:
+            policy = None
+        model = policy.models.get(question.request.model) if policy is not None else None
+        return model.version if model is not None and model.version in self._loaded else self._engine.model.digest
 
     async def _put_denial_on_record(self, question: Question, denied: Denied) -> ApiError:
         record = request_denied(
@@ -383,7 +396,7 @@ class Pipeline:
             {
                 "probity-receipt": str(receipt),
                 "probity-policy": denied.decision.policy,
-                "probity-model": self._engine.model.digest,  # the one that would have answered
+                "probity-model": self._would_answer(question),
             }
         )
 

@@ -109,13 +109,12 @@ async def replay(engine: Engine, recorded: Recording, replay_id: str, mode: Mode
     """Have every choice come out again and compare. `replay_id` is new; it names the replay to the engine.
 
     Raises:
-        ReplayRefused: another model version is loaded, or a choice has no digest.
+        ReplayRefused: the model version is not loaded, or a choice has no digest.
         EngineError: the engine's own refusals.
     """
-    if engine.model.digest != recorded.version:
+    if recorded.version not in engine.versions:
         raise ReplayRefused(
-            f"the answer came from model version `{recorded.version}`, and `{engine.model.digest}` is loaded; "
-            "start a gateway with the recorded version"
+            f"the answer came from model version `{recorded.version}`, which is not loaded; start a gateway with it"
         )
     again = _replay_vector if isinstance(recorded.asked, EmbeddingsRequest) else _replay_choice
     choices = [
@@ -143,6 +142,7 @@ async def _replay_vector(
         cache_salt=b"",
         fairness_key="replay",
         pooling=recorded.asked.pooling,
+        adapter=_adapter(engine, recorded),
     )
     verdict = await embed_again(engine, request, entry["replay"])
     return ChoiceReplay(entry["index"], verdict.outcome.value, verdict.first_difference, verdict.output_tokens)
@@ -163,10 +163,17 @@ async def _replay_choice(
         sampling=replace(recorded.sampling, structure=structure, seed=int(entry["seed"])),
         cache_salt=b"",  # engine/replay.py gives it one that nobody shares
         fairness_key="replay",
+        adapter=_adapter(engine, recorded),
     )
     again = force if mode == "forced" else regenerate
     verdict = await again(engine, request, entry["replay"], recorded_policy=recorded.engine, recorded_tokens=tokens)
     return ChoiceReplay(entry["index"], verdict.outcome.value, verdict.first_difference, verdict.output_tokens)
+
+
+def _adapter(engine: Engine, recorded: Recording) -> str | None:
+    """Return the name that the recorded adapter has here."""
+    adapter = engine.versions[recorded.version].adapter
+    return adapter.name if adapter is not None else None
 
 
 def _verdict(engine: Engine, recorded: Recording, choices: list[ChoiceReplay], mode: Mode) -> Replay:

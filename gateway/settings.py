@@ -67,6 +67,7 @@ class SettingsError(Exception):
 _ORIGIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?:/[a-z0-9][a-z0-9.-]{0,62})*")
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _WEIGHT = re.compile(r"[^=\s]{1,128}=(?:[1-9][0-9]{0,2}|1000)")
+_ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}=[^\0]+", re.DOTALL)
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
 
 
@@ -141,6 +142,16 @@ class ModelSettings:
         path_kind("a directory in the Hugging Face layout"),
         "the weights; without it, the bundled demonstration model",
     )
+    adapters: tuple[str, ...] = setting(
+        (),
+        list_kind("a list of `NAME=DIRECTORY`", lambda text: bool(_ADAPTER.fullmatch(text)), at_least=0),
+        "LoRA adapters in PEFT's layout, loaded beside the weights; each makes a model version of its own",
+    )
+
+    @property
+    def adapter_directories(self) -> tuple[tuple[str, Path], ...]:
+        stated = (entry.partition("=") for entry in self.adapters)
+        return tuple((name, Path(directory)) for name, _, directory in stated)
 
 
 @dataclass(frozen=True, slots=True)

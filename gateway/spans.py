@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.request import ModelVersion
 from gateway import semantic_conventions as names
 from gateway.grant import Grant
 from gateway.telemetry import Attributes
@@ -28,12 +27,12 @@ def asked(action: str, request_id: str, tenant: str) -> Attributes:
     }
 
 
-def granted(grant: Grant, model: ModelVersion) -> Attributes:
+def granted(grant: Grant) -> Attributes:
     question, sampling = grant.question, grant.sampling
     return {
         **asked(question.action, question.request_id, question.principal.tenant),
         names.REQUEST_MODEL: grant.obligations.model.alias,
-        names.RESPONSE_MODEL: model.digest,
+        names.RESPONSE_MODEL: grant.model.digest,
         names.REQUEST_MAX_TOKENS: sampling.max_tokens,
         names.REQUEST_TEMPERATURE: sampling.temperature,
         names.REQUEST_TOP_P: sampling.top_p,

@@ -4,13 +4,14 @@
 
 What differs between them is a bias on qkv (Qwen2), a norm on each head (Qwen3), the rope scaling. A feature that is not
 computed exactly here is refused when the configuration is read, by name. Layers take the step's inputs as an argument;
-nothing is global. q, k, v and gate, up are one product each.
+nothing is global. q, k, v and gate, up are one product each. An adapter adds to the products of a layer, for the tokens
+that are its own; the logits have none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from engine.config import UnsupportedModel
 from kernels.attention_plan import ROWS, AttentionPlan
 from kernels.linear import Linear
+from kernels.low_rank import LowRank, add_low_rank
 from kernels.paged_attention import Segment, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope_store import rope, store_kv
@@ -182,6 +184,21 @@ def inverse_frequencies(config: DecoderConfig) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """What a fine-tuning adds to the products of each layer, by the names of `product_parts`; absent: nothing."""
+
+    layers: tuple[Mapping[str, LowRank], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Tokens of a step that are computed with an adapter."""
+
+    adapter: Adapter
+    rows: Tensor | None  # [M] int64, which of the step's T tokens; None: all of them
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """The tensors of one step. T tokens."""
 
@@ -189,6 +206,7 @@ class StepInputs:
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64  where each token's key and value go
     attention: AttentionPlan
+    adapted: tuple[Adapted, ...] = ()  # no token is in two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +228,9 @@ class Layer:
     post_norm: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+AdaptedLayer = tuple[Mapping[str, LowRank], Tensor | None]  # of one layer: what is added, and to which rows
 
 
 class Decoder:
@@ -236,9 +257,10 @@ class Decoder:
         residual = F.embedding(inputs.tokens, self._embedding)
         normed = rms_norm(residual, self._layers[0].input_norm, epsilon)
         for index, layer in enumerate(self._layers):
-            attended = self._attention(layer, normed, inputs, caches[index], cos, sin)
+            adapted = _adapted(inputs, index)
+            attended = self._attention(layer, normed, inputs, adapted, caches[index], cos, sin)
             normed, residual = add_rms_norm(attended, residual, layer.post_norm, epsilon)
-            fed = self._linear(silu_mul(self._linear(normed, layer.gate_up, None)), layer.down, None)
+            fed = self._feed(layer, normed, adapted)
             last = index + 1 == len(self._layers)
             weight = self._norm if last else self._layers[index + 1].input_norm
             normed, residual = add_rms_norm(fed, residual, weight, epsilon)
@@ -250,11 +272,33 @@ class Decoder:
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
         return self._linear(hidden, self._head, None).float()
 
+    def _product(
+        self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, adapted: Sequence[AdaptedLayer]
+    ) -> Tensor:
+        """Return x·weightᵀ + bias, and of adapted rows what their adapter adds."""
+        product = self._linear(x, weight, bias)
+        for products, rows in adapted:
+            if name in products:
+                add_low_rank(product, x, rows, products[name])
+        return product
+
+    def _feed(self, layer: Layer, normed: Tensor, adapted: Sequence[AdaptedLayer]) -> Tensor:
+        inner = silu_mul(self._product("gate_up", normed, layer.gate_up, None, adapted))
+        return self._product("down", inner, layer.down, None, adapted)
+
     def _attention(
-        self, layer: Layer, normed: Tensor, inputs: StepInputs, cache: KVCache, cos: Tensor, sin: Tensor
+        self,
+        layer: Layer,
+        normed: Tensor,
+        inputs: StepInputs,
+        adapted: Sequence[AdaptedLayer],
+        cache: KVCache,
+        cos: Tensor,
+        sin: Tensor,
     ) -> Tensor:
         config, tokens = self.config, normed.shape[0]
-        query, key, value = torch.split(self._linear(normed, layer.qkv, layer.qkv_bias), list(config.qkv_sizes), dim=-1)
+        fused = self._product("qkv", normed, layer.qkv, layer.qkv_bias, adapted)
+        query, key, value = torch.split(fused, list(config.qkv_sizes), dim=-1)
         query = query.view(tokens, config.num_attention_heads, config.head_dim)
         key = key.view(tokens, config.num_key_value_heads, config.head_dim)
         value = value.view(tokens, config.num_key_value_heads, config.head_dim)
@@ -270,7 +314,11 @@ class Decoder:
             config.head_dim**-0.5,
             self._segment,
         )
-        return self._linear(attended.reshape(tokens, -1), layer.o, None)
+        return self._product("o", attended.reshape(tokens, -1), layer.o, None, adapted)
+
+
+def _adapted(inputs: StepInputs, layer: int) -> list[AdaptedLayer]:
+    return [(one.adapter.layers[layer], one.rows) for one in inputs.adapted]
 
 
 def _layer(config: DecoderConfig, parameters: Mapping[str, Tensor], index: int) -> Layer:
@@ -287,6 +335,18 @@ def _layer(config: DecoderConfig, parameters: Mapping[str, Tensor], index: int) 
         gate_up=torch.cat([parameters[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")]),
         down=parameters[f"{prefix}.mlp.down_proj.weight"],
     )
+
+
+def product_parts(config: DecoderConfig) -> dict[str, tuple[tuple[str, int], ...]]:
+    """Return which modules each product of a layer computes, by name in the layer, in order, with their outputs."""
+    query, key, value = config.qkv_sizes
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "qkv": (("self_attn.q_proj", query), ("self_attn.k_proj", key), ("self_attn.v_proj", value)),
+        "o": (("self_attn.o_proj", hidden),),
+        "gate_up": (("mlp.gate_proj", inner), ("mlp.up_proj", inner)),
+        "down": (("mlp.down_proj", hidden),),
+    }
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

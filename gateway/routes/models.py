@@ -16,17 +16,19 @@ router = APIRouter(prefix="/v1/models", dependencies=[requires(Permission.INFER)
 
 @router.get("")
 async def list_models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(request, alias) for alias in _aliases(request)]}
+    return {"object": "list", "data": [_model(request, alias, version) for alias, version in _versions(request)]}
 
 
 @router.get("/{alias}")
 async def get_model(request: Request, alias: str) -> dict[str, Any]:
-    if alias not in _aliases(request):
+    version = dict(_versions(request)).get(alias)
+    if version is None:
         raise errors.model_not_found()
-    return _model(request, alias)
+    return _model(request, alias, version)
 
 
-def _aliases(request: Request) -> list[str]:
+def _versions(request: Request) -> list[tuple[str, str]]:
+    """Return the aliases with the digest of the model version that each stands for."""
     state = state_of(request)
     try:
         policy = state.policies.current(request.state.principal.tenant)
@@ -34,17 +36,21 @@ def _aliases(request: Request) -> list[str]:
         raise errors.audit_unavailable() from None
     if policy is None:
         return []
-    loaded, today = state.engine.model.digest, state.clock.now().date().isoformat()
-    return sorted(alias for alias, grant in policy.models.items() if grant.version == loaded and today <= grant.expires)
+    loaded, today = state.engine.versions, state.clock.now().date().isoformat()
+    return sorted(
+        (alias, grant.version)
+        for alias, grant in policy.models.items()
+        if grant.version in loaded and today <= grant.expires
+    )
 
 
-def _model(request: Request, alias: str) -> dict[str, Any]:
+def _model(request: Request, alias: str, version: str) -> dict[str, Any]:
     state = state_of(request)
     return {
         "id": alias,
         "object": "model",
         "created": int(state.started.timestamp()),
         "owned_by": "probity",
-        "version": state.engine.model.digest,
+        "version": version,
         "context_length": state.engine.context_length,
     }

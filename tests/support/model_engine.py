@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from engine.core import EngineCore
 from engine.model_runner import LinearByShape, ModelRunner, choose_linears, choose_segment
-from engine.models.decoder import Decoder, DecoderConfig, KVCache, StepInputs, parameter_shapes
+from engine.models.decoder import Adapted, Adapter, Decoder, DecoderConfig, KVCache, StepInputs, parameter_shapes
 from engine.plan import BLOCK_SIZE
 from engine.weights import load_parameters, read_json
 from kernels.attention_plan import plan_attention
@@ -40,19 +41,22 @@ def load_model(directory: Path) -> LoadedModel:
     return LoadedModel(Decoder(config, parameters, LinearByShape(linears), SEGMENTS[choose_segment(config)]), linears)
 
 
-def model_core(model: LoadedModel, blocks: int = 256, **limits: int) -> EngineCore:
+def model_core(
+    model: LoadedModel, blocks: int = 256, adapters: Mapping[str, Adapter] | None = None, **limits: int
+) -> EngineCore:
     values = {"vocabulary_size": model.config.vocab_size, "context_length": model.config.max_position_embeddings}
     return EngineCore(
-        ModelRunner(model.decoder, blocks),
+        ModelRunner(model.decoder, blocks, adapters),
         make_limits(**(values | {"token_budget": MOST_ROWS, "chunk_tokens": MOST_ROWS} | limits)),
         eos_ids=frozenset({EOS}),
         detokenizer_for=detokenizer_for,
         clock=Ticks(),
+        adapters=frozenset(adapters or ()),
     )
 
 
 @torch.inference_mode()
-def logits_of(model: LoadedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+def logits_of(model: LoadedModel, prompts: list[list[int]], adapter: Adapter | None = None) -> list[torch.Tensor]:
     """Return the logits at every position of prompts computed in one step, each [T, V] float32."""
     tables, first = [], 0
     for prompt in prompts:
@@ -75,7 +79,8 @@ def logits_of(model: LoadedModel, prompts: list[list[int]]) -> list[torch.Tensor
         BLOCK_SIZE,
         zero_slot=first * BLOCK_SIZE,
     )
-    inputs = StepInputs(tokens, positions, slots, attention)
+    adapted = () if adapter is None else (Adapted(adapter, None),)
+    inputs = StepInputs(tokens, positions, slots, attention, adapted)
     logits = model.decoder.logits(model.decoder.hidden(inputs, _caches(model.config, first)))
     return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 

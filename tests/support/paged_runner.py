@@ -1,9 +1,9 @@
 """PagedRunner: a small real runner. It computes on a paged cache, as a model does, but with hashes for arithmetic.
 
-Each slot holds a digest of its own token and of the slot before it, read through the block table, as keys and values of
-a deep layer depend on every token before them. The sampled token is a digest of every slot of the context, read back
-through the block table, with the sampling parameters, seed and position. A wrong block, a leak from another sequence, a
-stale cache hit or a slot written too late changes the output.
+Each slot holds a digest of its own token, of the adapter, and of the slot before it, read through the block table, as
+keys and values of a deep layer depend on every token before them. The sampled token is a digest of every slot of the
+context, read back through the block table, with the sampling parameters, seed and position. A wrong block, a leak from
+another sequence, a stale cache hit or a slot written too late changes the output.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class PagedRunner:
         assert len(set(row.block_table)) == len(row.block_table)
         assert len(row.block_table) * BLOCK_SIZE >= row.context_length
         state = 0 if row.start == 0 else int(self._slots[self._slot(row, row.start - 1)])
+        state ^= (
+            0 if row.adapter is None else int.from_bytes(hashlib.sha256(row.adapter.encode()).digest()[:8], "little")
+        )
         for position, token in enumerate(row.tokens, row.start):
             state = (state * 6364136223846793005 + (token + 1) * 1442695040888963407 + position) & _MASK
             state ^= state >> 29

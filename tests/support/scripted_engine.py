@@ -72,6 +72,10 @@ class ScriptedEngine:
         return _MODEL
 
     @property
+    def versions(self) -> Mapping[str, ModelVersion]:
+        return {_MODEL.digest: _MODEL}
+
+    @property
     def numeric_policy(self) -> str:
         return _NUMERIC_POLICY
 
