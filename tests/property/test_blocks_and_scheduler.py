@@ -1,7 +1,7 @@
 """Laws of the block pool and of the engine that schedules on it, under any order of events.
 
 free + cached + used == total, and check_integrity() is clean, after every step and every abort
-a block of one salt never reaches another
+a block of one salt, or of one adapter, never reaches another
 whatever was shared, evicted, preempted or aborted, every token is the one the request gets when alone
 """
 
@@ -110,12 +110,13 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 SALTS = [b"tenant-a", b"tenant-b", b"tenant-b\x00"]
+ADAPTERS = ("x", "y")
 BLOCKS = 12
 LIMITS = {"context_length": 150, "max_sequences": 5, "token_budget": 40, "waiting_limit": 4}
 
 
 def prompt_of(stem: int, length: int) -> list[int]:
-    """Few stems and any length: many requests share a prefix, within a salt and across salts."""
+    """Few stems and any length: many requests share a prefix, within a salt and an adapter and across them."""
     return [stem * 1000 + index for index in range(length)]
 
 
@@ -129,34 +130,42 @@ class GuessableRunner(PagedRunner):
 
 
 @lru_cache(maxsize=4096)
-def tokens_alone(stem: int, length: int, seed: int) -> tuple[int, ...]:
-    core = make_core(runner=GuessableRunner(64), **(LIMITS | {"token_budget": 4096}))
-    output = run_all(core, [make_request("alone", prompt_of(stem, length), 60, seed=seed)], check=False)["alone"]
-    return tuple(output.tokens)
+def tokens_alone(stem: int, length: int, seed: int, adapter: str | None) -> tuple[int, ...]:
+    core = make_core(runner=GuessableRunner(64), adapters=ADAPTERS, **(LIMITS | {"token_budget": 4096}))
+    request = replace(make_request("alone", prompt_of(stem, length), 60, seed=seed), adapter=adapter)
+    return tuple(run_all(core, [request], check=False)["alone"].tokens)
 
 
 @lru_cache(maxsize=4096)
-def read_alone(stem: int, length: int, read: Pooling | int | None) -> tuple[bytes | None, list[TokenLogprob]]:
+def read_alone(
+    stem: int, length: int, read: Pooling | int | None, adapter: str | None
+) -> tuple[bytes | None, list[TokenLogprob]]:
     """Return the vector of a prompt, or the log-probabilities of its tokens."""
-    core = make_core(64, **(LIMITS | {"token_budget": 4096}))
+    core = make_core(64, adapters=ADAPTERS, **(LIMITS | {"token_budget": 4096}))
     wanted = None if isinstance(read, Pooling) else read
-    request = make_request("alone", prompt_of(stem, length), 1, prompt_logprobs=wanted)
+    request = replace(make_request("alone", prompt_of(stem, length), 1, prompt_logprobs=wanted), adapter=adapter)
     if isinstance(read, Pooling):
         request = replace(request, pooling=read)
     output = run_all(core, [request], check=False)["alone"]
     return output.embedding, output.prompt_logprobs
 
 
+def root_of(sequence: Sequence) -> tuple[bytes, str | None]:
+    return sequence.request.cache_salt, sequence.request.adapter
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(chunk=st.sampled_from([7, 16, 40]), trials=st.sampled_from([0, 4, 24]))
     def start(self, chunk: int, trials: int) -> None:
         runner = GuessableRunner(BLOCKS)
-        self.core: EngineCore = make_core(runner=runner, chunk_tokens=chunk, trial_rows=trials, **LIMITS)
+        self.core: EngineCore = make_core(
+            runner=runner, adapters=ADAPTERS, chunk_tokens=chunk, trial_rows=trials, **LIMITS
+        )
         self.outputs: dict[str, Output] = {}
         self.expected: dict[str, tuple[int, ...]] = {}
         self.readings: dict[str, tuple[bytes | None, list[TokenLogprob]]] = {}
         self.requests: dict[str, GenerationRequest] = {}
-        self.computed: set[tuple[bytes, tuple[int, ...]]] = set()  # every full block ever filled: (salt, its prefix)
+        self.computed: set[tuple[bytes, str | None, tuple[int, ...]]] = set()  # every full block ever filled
         self.added = 0
 
     @rule(
@@ -169,6 +178,7 @@ class EngineMachine(RuleBasedStateMachine):
         key=st.sampled_from("abc"),
         read=st.sampled_from([None, None, None, 2, *Pooling]),
         priority=st.sampled_from([0, 0, -1]),
+        adapter=st.sampled_from([None, None, *ADAPTERS]),
     )
     def add(
         self,
@@ -181,15 +191,17 @@ class EngineMachine(RuleBasedStateMachine):
         key: str,
         read: Pooling | int | None,
         priority: int,
+        adapter: str | None,
     ) -> None:
         request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
-        request = replace(request, fairness_key=key, priority=priority, weight=1 + "abc".index(key))
+        weight = 1 + "abc".index(key)
+        request = replace(request, fairness_key=key, priority=priority, weight=weight, adapter=adapter)
         if isinstance(read, Pooling):
             request, forced = replace(request, pooling=read), False
         elif read is not None:
             request = replace(request, sampling=replace(request.sampling, prompt_logprobs=read))
         if forced:
-            request = replace(request, forced=tokens_alone(stem, length, seed)[:max_tokens])
+            request = replace(request, forced=tokens_alone(stem, length, seed, adapter)[:max_tokens])
         try:
             self.core.add(request)
         except EngineOverloaded:
@@ -198,9 +210,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.added += 1
         self.outputs[request.request_id] = Output()
         self.requests[request.request_id] = request
-        generated = () if request.pooling is not None else tokens_alone(stem, length, seed)[:max_tokens]
+        generated = () if request.pooling is not None else tokens_alone(stem, length, seed, adapter)[:max_tokens]
         self.expected[request.request_id] = generated
-        self.readings[request.request_id] = read_alone(stem, length, read)
+        self.readings[request.request_id] = read_alone(stem, length, read, adapter)
 
     @rule(length=st.sampled_from([0, 150, 151]), max_tokens=st.sampled_from([0, 1]))
     def add_the_impossible(self, length: int, max_tokens: int) -> None:
@@ -227,19 +239,20 @@ class EngineMachine(RuleBasedStateMachine):
         self.adds_up()
 
     def check_hits(self, sequence: Sequence) -> None:
-        """What a sequence found was computed before under its own salt, and never reaches its last prompt token."""
+        """What a sequence found was computed before under its own salt and adapter, and never reaches its last prompt
+        token."""
         found = sequence.cached_tokens or 0
         assert found % BLOCK_SIZE == 0
         assert found < sequence.prompt_length
         if found:
-            assert (sequence.request.cache_salt, tuple(sequence.tokens[:found])) in self.computed
+            assert (*root_of(sequence), tuple(sequence.tokens[:found])) in self.computed
 
     def note_computed(self, sequence: Sequence) -> None:
         computed = sequence.computed
         if sequence.status is SequenceStatus.FINISHED:  # all was computed but a last token that was sampled
             computed = len(sequence.tokens) - (0 if sequence.request.forced or sequence.request.pooling else 1)
         for end in range(BLOCK_SIZE, computed + 1, BLOCK_SIZE):
-            self.computed.add((sequence.request.cache_salt, tuple(sequence.tokens[:end])))
+            self.computed.add((*root_of(sequence), tuple(sequence.tokens[:end])))
 
     def receive(self, request_id: str, delta: TokenDelta) -> None:
         output = self.outputs[request_id]
@@ -274,13 +287,13 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.core.check_integrity() == ()
 
     @invariant()
-    def no_block_is_held_under_two_salts(self) -> None:
+    def no_block_is_held_under_two_salts_or_adapters(self) -> None:
         if not hasattr(self, "core"):
             return
-        salts: dict[int, bytes] = {}
+        roots: dict[int, tuple[bytes, str | None]] = {}
         for sequence in self.core.scheduler.sequences:
             for block in sequence.blocks:
-                assert salts.setdefault(block, sequence.request.cache_salt) == sequence.request.cache_salt
+                assert roots.setdefault(block, root_of(sequence)) == root_of(sequence)
 
     def teardown(self) -> None:
         """Whatever happened, everything left finishes, with the right tokens, and gives every block back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,12 @@ def make_limits(**changes: int) -> EngineLimits:
 
 
 def make_core(
-    blocks: int = 1024, *, runner: PagedRunner | None = None, clock: Callable[[], float] | None = None, **limits: int
+    blocks: int = 1024,
+    *,
+    runner: PagedRunner | None = None,
+    clock: Callable[[], float] | None = None,
+    adapters: Iterable[str] = (),
+    **limits: int,
 ) -> EngineCore:
     runner = runner or PagedRunner(blocks, VOCABULARY)
     return EngineCore(
@@ -60,6 +65,7 @@ def make_core(
         eos_ids=frozenset({EOS}),
         detokenizer_for=detokenizer_for,
         clock=clock or Ticks(),
+        adapters=frozenset(adapters),
     )
 
 

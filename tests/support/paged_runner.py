@@ -21,6 +21,10 @@ from engine.request import TokenLogprob
 _MASK = 2**64 - 1
 
 
+def _hash_of(adapter: str) -> int:
+    return int.from_bytes(hashlib.sha256(adapter.encode()).digest()[:8], "little")
+
+
 class PagedRunner:
     def __init__(self, block_count: int, vocabulary_size: int = 50_000, max_rows: int | None = None) -> None:
         self.block_count = block_count
@@ -46,11 +50,9 @@ class PagedRunner:
         assert len(set(row.block_table)) == len(row.block_table)
         assert len(row.block_table) * BLOCK_SIZE >= row.context_length
         state = 0 if row.start == 0 else int(self._slots[self._slot(row, row.start - 1)])
-        state ^= (
-            0 if row.adapter is None else int.from_bytes(hashlib.sha256(row.adapter.encode()).digest()[:8], "little")
-        )
+        weights = 0 if row.adapter is None else _hash_of(row.adapter)
         for position, token in enumerate(row.tokens, row.start):
-            state = (state * 6364136223846793005 + (token + 1) * 1442695040888963407 + position) & _MASK
+            state = (state * 6364136223846793005 + (token + 1) * 1442695040888963407 + position + weights) & _MASK
             state ^= state >> 29
             self._slots[self._slot(row, position)] = state
 

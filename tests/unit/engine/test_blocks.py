@@ -49,6 +49,14 @@ def test_keys_differ_by_salt_by_token_and_by_what_came_before() -> None:
     assert len({first, *others}) == 4
 
 
+def test_the_root_of_an_adapter_is_the_one_its_format_describes_and_no_salt_s() -> None:
+    name = hashlib.sha256("Maß".encode()).digest()
+    root = hashlib.sha256(b"probity/kv-adapter-root/1" + name + b"salt").digest()
+    assert root_key(b"salt", "Maß") == root
+    roots = {root_key(salt, name) for salt in (b"", b"a", b"aa") for name in (None, "", "a", "aa")}
+    assert len(roots) == 12
+
+
 def test_a_key_needs_exactly_one_block_of_tokens() -> None:
     with pytest.raises(struct.error):
         chain_key(root_key(b"a"), range(15))

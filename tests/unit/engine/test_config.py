@@ -23,6 +23,8 @@ def test_the_defaults_hold() -> None:
         ("max_tokens_per_step", 63),
         ("max_waiting", -1),
         ("context_length", 1),
+        ("adapters", (("twice", MODEL), ("once", MODEL), ("twice", MODEL))),
+        ("adapters", tuple((str(index), MODEL) for index in range(65))),
         ("stuck_after_s", 0.0),
         ("stuck_after_s", float("nan")),
     ],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.core import EngineCore
@@ -143,3 +145,30 @@ def test_what_the_runner_raises_comes_through() -> None:
     core.add(make_request("r", [1], 1))
     with pytest.raises(FloatingPointError):
         core.step()
+
+
+def test_an_adapter_that_is_not_there_is_refused_before_it_is_queued() -> None:
+    core = make_core(adapters=("known",))
+    with pytest.raises(RequestRefused, match="`adapter`") as refused:
+        core.add(replace(make_request("r", make_prompt(9)), adapter="unknown"))
+    assert refused.value.param == "adapter"
+    assert not core.has_work
+    assert "unknown" not in str(refused.value)
+
+
+def test_what_was_cached_with_an_adapter_is_found_with_it_alone_and_forgotten_by_its_salt() -> None:
+    core = make_core(adapters=("x", "y"))
+    request = make_request("r", make_prompt(40))
+
+    def cached(adapter: str | None) -> tuple[int, list[int]]:
+        output = run_all(core, [replace(request, adapter=adapter)])["r"]
+        assert output.stats is not None
+        return output.stats.cached_tokens, output.tokens
+
+    cold = [cached(adapter) for adapter in (None, "x", "y")]
+    assert [hits for hits, _ in cold] == [0, 0, 0]
+    assert len({tuple(tokens) for _, tokens in cold}) == 3
+    warm = [cached(adapter) for adapter in (None, "x", "y")]
+    assert warm == [(32, tokens) for _, tokens in cold]
+    core.reset_cache(request.cache_salt)
+    assert [cached(adapter) for adapter in (None, "x", "y")] == cold

@@ -130,7 +130,7 @@ def test_addresses_that_may_be_used(url: str) -> None:
 
 def test_the_table_has_a_row_for_every_setting() -> None:
     rows = settings_table().splitlines()
-    assert len(rows) == 2 + 33
+    assert len(rows) == 2 + 34
     assert all(row.count(" | ") == 4 for row in rows[2:])
     assert any(row.startswith("| `server.port` | `PROBITY_SERVER_PORT` | 0 … 65,535 | `8080` |") for row in rows)
 
@@ -138,3 +138,16 @@ def test_the_table_has_a_row_for_every_setting() -> None:
 def test_readme_holds_the_table() -> None:
     readme = Path(__file__).parents[3] / "README.md"
     assert settings_table() in readme.read_text()
+
+
+def test_adapters_are_names_with_their_directories(tmp_path: Path) -> None:
+    config = write(tmp_path, "[model]\nadapters = ['tone=/srv/a=b', 'terms-2=relative']\n")
+    expected = (("tone", Path("/srv/a=b")), ("terms-2", Path("relative")))
+    assert load_settings(config, {}).model.adapter_directories == expected
+    assert load_settings(None, {"PROBITY_MODEL_ADAPTERS": "tone=/srv/a=b, terms-2=relative"}).model == (
+        load_settings(config, {}).model
+    )
+    for wrong in ("tone", "=x", "tone=", "a b=x", "tone=x\0"):
+        with pytest.raises(SettingsError) as caught:
+            load_settings(None, {}, {"model.adapters": [wrong]})
+        assert paths_of(caught.value) == ["model.adapters"]
