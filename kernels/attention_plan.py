@@ -3,7 +3,8 @@
 Queries are packed into tiles of 16 rows, (token, head of the group) by (token, head); a tile holds consecutive tokens
 of one sequence. Its keys are visited in segments of 512 at absolute positions. A key that no row of the tile may see is
 replaced by the zero slot: the last block of the cache, which belongs to nobody, so that nothing unwritten is ever read.
-Knows no query, key or value. Source: Kwon et al., SOSP 2023 (block tables).
+With a window, segments that no row of a tile sees any more are not visited. Knows no query, key or value.
+Source: Kwon et al., SOSP 2023 (block tables); Beltagy et al., 2020 (sliding windows).
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def plan_attention(
     groups: int,  # G, divides H; H / G ≤ 16
     page: int,  # P, tokens of a block
     zero_slot: int,  # a slot that holds zeros for ever
+    window: int | None = None,  # keys a token sees, its own included, ≥ 1; None: all up to its own
 ) -> AttentionPlan:
     """Return the plan of a step for every layer whose cache has this layout.
 
@@ -69,6 +71,8 @@ def plan_attention(
     check_shape("position_of", position_of, tokens)
     if tokens < 1 or groups < 1 or heads % groups or heads // groups > ROWS:
         raise ShapeError(f"{tokens} tokens, {heads} heads in {groups} groups: at most {ROWS} heads a group")
+    if window is not None and window < 1:
+        raise ShapeError(f"a window of {window} keys holds not even the token's own")
     ratio = heads // groups
     per_tile = ROWS // ratio
     place = _place(sequence_of, per_tile)
@@ -81,7 +85,7 @@ def plan_attention(
     sequence[place // per_tile] = sequence_of
     rows = positions.view(count, per_tile).repeat_interleave(ratio, dim=1)
     rows = torch.cat((rows, rows[:, :1].expand(-1, ROWS - per_tile * ratio)), dim=1)
-    visits = tuple(_visits(rows, block_table[sequence], page, zero_slot))
+    visits = tuple(_visits(rows, window, block_table[sequence], page, zero_slot))
     return AttentionPlan(heads, groups, place, count, visits, len(visits) == 1)
 
 
@@ -95,27 +99,38 @@ def _place(sequence_of: Tensor, per_tile: int) -> Tensor:
     return tile * per_tile + offset % per_tile
 
 
-def _visits(rows: Tensor, table: Tensor, page: int, zero_slot: int) -> Iterator[Visit]:
+def _visits(rows: Tensor, window: int | None, table: Tensor, page: int, zero_slot: int) -> Iterator[Visit]:
     """Rows are positions [tiles, R]; table [tiles, M] holds the blocks of each tile's sequence."""
     first, last = rows.amin(dim=1), rows.amax(dim=1)
     for start in range(0, int(last.max()) + 1, SEGMENT):
+        end = start + SEGMENT - 1
         reached = last >= start
-        whole = reached & (first >= start + SEGMENT - 1)
+        whole = reached & (first >= end)
+        if window is not None:
+            reached &= first - window < end
+            whole &= last - window < start
         for chosen in (whole, reached & ~whole):
             for tiles in torch.split(chosen.nonzero().squeeze(1), MAX_TILES):
                 if len(tiles):
-                    yield _visit(tiles, start, rows[tiles], table[tiles], page, zero_slot)
+                    yield _visit(tiles, start, rows[tiles], window, table[tiles], page, zero_slot)
 
 
-def _visit(tiles: Tensor, start: int, rows: Tensor, table: Tensor, page: int, zero_slot: int) -> Visit:
+def _visit(
+    tiles: Tensor, start: int, rows: Tensor, window: int | None, table: Tensor, page: int, zero_slot: int
+) -> Visit:
     last = rows.amax(dim=1)
     keys = min(SEGMENT, -(-(int(last.max()) + 1 - start) // TILE) * TILE)
     at = torch.arange(start, start + keys)
     column = (at // page).clamp(max=table.shape[1] - 1)  # beyond the table nothing is visible
-    slots = torch.where(at <= last[:, None], table[:, column] * page + at % page, zero_slot)
+    seen = at <= last[:, None]  # [n, K] by some row of the tile
     visible = at <= rows[..., None]  # [n, R, K]
+    unseeing = rows < start
+    if window is not None:
+        seen &= at > rows.amin(dim=1)[:, None] - window
+        visible &= at > rows[..., None] - window
+        unseeing |= rows - window >= start + keys - 1
+    slots = torch.where(seen, table[:, column] * page + at % page, zero_slot)
     if bool(visible.all()):
         return Visit(tiles, slots.reshape(-1), keys, None, None)
-    unseeing = (rows < start)[:, None, :]
-    mask = torch.where(visible | (rows < start)[..., None], 0.0, -torch.inf)[:, None].to(torch.bfloat16)
-    return Visit(tiles, slots.reshape(-1), keys, mask, unseeing if bool(unseeing.any()) else None)
+    mask = torch.where(visible | unseeing[..., None], 0.0, -torch.inf)[:, None].to(torch.bfloat16)
+    return Visit(tiles, slots.reshape(-1), keys, mask, unseeing[:, None, :] if bool(unseeing.any()) else None)

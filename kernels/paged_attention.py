@@ -5,14 +5,16 @@ state (m, l, o), and states are merged in ascending order. A decode step's one t
 products of one shape, 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a
 segment's state keep that: `segment_fused` is the library's one-pass kernel, always given 16 rows; `segment_tiled` walks
 tiles of 64 keys in float32. `verify_invariance` tests a machine for it. Keys that a row may not see change no bit,
-unless they are its own sequence's later ones and not finite.
+unless they are its own sequence's and not finite. A sink is a state of its own, merged before the first segment.
 
-Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022.
+Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022;
+Gemma 2, 2024 (soft-capped scores); Xiao et al., 2024, and GPT-OSS, 2025 (sinks).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,8 +33,9 @@ def paged_attention(
     plan: AttentionPlan,  # of these T tokens and this layout
     scale: float,  # multiplies query·key before softmax
     segment: Segment,
+    sinks: Tensor | None = None,  # [H]  a score of each head that takes its share of the softmax and gives no value
 ) -> Tensor:  # [T, H, D]
-    """Return the attention of each token over the keys at positions ≤ its own; its own key is stored already.
+    """Return the attention of each token over the keys its plan lets it see; its own key is stored already.
 
     Token t reads the blocks that hold positions 0 … its own of its own sequence and nothing else of the pool.
 
@@ -47,9 +50,9 @@ def paged_attention(
     if heads != plan.heads or key_cache.shape[2:] != (plan.groups, size):
         raise ShapeError(f"{heads} heads of {size} do not fit the plan or a cache of {list(key_cache.shape)}")
     tiles = _pack(query, plan)
-    if plan.single:
+    if plan.single and sinks is None:
         return _unpack(_visit(tiles, key_cache, value_cache, plan.visits[0], scale, segment)[0], plan)
-    total = _empty(tiles)
+    total = _empty(tiles) if sinks is None else _sunk(tiles, sinks, plan)
     for visit in plan.visits:
         out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment)
         before: State = (total[0][visit.tiles], total[1][visit.tiles], total[2][visit.tiles])
@@ -73,6 +76,16 @@ def _unpack(tiles: Tensor, plan: AttentionPlan) -> Tensor:
     size, ratio, per_tile = tiles.shape[-1], plan.ratio, plan.tokens_per_tile
     by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
     return by_token[plan.place // per_tile, :, plan.place % per_tile].reshape(-1, plan.heads, size)
+
+
+def _sunk(tiles: Tensor, sinks: Tensor, plan: AttentionPlan) -> State:
+    """Return the state of rows that have seen their head's sink and no key."""
+    check_shape("sinks", sinks, plan.heads)
+    _, sums, weighted = _empty(tiles)
+    scores = torch.full((plan.groups, ROWS), -torch.inf)  # of rows without a token
+    scores[:, : plan.tokens_per_tile * plan.ratio] = sinks.float().view(plan.groups, -1).repeat(1, plan.tokens_per_tile)
+    maximum = scores.expand_as(sums).clone()
+    return maximum, torch.isfinite(maximum).float(), weighted
 
 
 def _visit(
@@ -107,9 +120,12 @@ def segment_fused(
 
 
 def segment_tiled(
-    tiles: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+    tiles: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the same in float32, tile of 64 keys by tile, rounded once: [16, D]·[D, 64] and [16, 64]·[64, D]."""
+    """Return the same in float32, tile of 64 keys by tile, rounded once: [16, D]·[D, 64] and [16, 64]·[64, D].
+
+    With `softcap` > 0, every score is bent below it first: softcap · tanh(score / softcap).
+    """
     n, groups, _, size = tiles.shape
     query = tiles.float().reshape(-1, ROWS, size)
     state = _empty(tiles)
@@ -117,6 +133,8 @@ def segment_tiled(
         part = slice(start, start + TILE)
         scores = torch.bmm(query, keys[:, :, part].float().reshape(-1, TILE, size).transpose(1, 2))
         scores = scores.view(n, groups, ROWS, TILE) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         if mask is not None:
             scores = scores + mask[..., part].float()
         maximum = scores.amax(dim=-1)
@@ -125,6 +143,11 @@ def segment_tiled(
         state = merge_state(state, (maximum, weights.sum(dim=-1), weighted.view(n, groups, ROWS, size)))
     maximum, sums, weighted = state
     return (weighted / sums[..., None]).to(tiles.dtype), maximum + sums.log()
+
+
+def soft_capped(softcap: float) -> Segment:
+    """Return the segment attention of scores bent below `softcap`. The library's kernel has none."""
+    return partial(segment_tiled, softcap=softcap)
 
 
 def merge_state(left: State, right: State) -> State:
@@ -191,17 +214,24 @@ def paged_attention_reference(
     sequence_of: Tensor,  # [T] int64
     position_of: Tensor,  # [T] int64
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:  # [T, H, D]
     """Return the same, one token and head at a time, in float64."""
     page, groups = key_cache.shape[1], key_cache.shape[2]
     ratio = query.shape[1] // groups
     out = torch.empty_like(query)
     for token in range(query.shape[0]):
-        seen = torch.arange(int(position_of[token]) + 1)
+        position = int(position_of[token])
+        seen = torch.arange(0 if window is None else max(0, position + 1 - window), position + 1)
         blocks, offsets = block_table[sequence_of[token]][seen // page], seen % page
         for head in range(query.shape[1]):
             keys = key_cache[blocks, offsets, head // ratio].double()
             values = value_cache[blocks, offsets, head // ratio].double()
-            weights = torch.softmax(keys @ query[token, head].double() * scale, dim=0)
+            scores = keys @ query[token, head].double() * scale
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            scores = scores if sinks is None else torch.cat((scores, sinks[head : head + 1].double()))
+            weights = torch.softmax(scores, dim=0)[: len(seen)]
             out[token, head] = (weights @ values).to(query.dtype)
     return out

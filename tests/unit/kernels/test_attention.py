@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kernels.paged_attention import (
     merge_state,
     paged_attention,
     paged_attention_reference,
+    soft_capped,
     verify_invariance,
 )
 from kernels.shape import ShapeError
@@ -45,18 +47,25 @@ class World:
             cache[-1] = 0
         self.zero_slot = total * PAGE
 
-    def attend(self, rows: list[tuple[int, int, int]], segment: Segment) -> torch.Tensor:
+    def attend(
+        self,
+        rows: list[tuple[int, int, int]],
+        segment: Segment,
+        window: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Each row: a sequence, and the positions from … to of which attention is asked."""
         sequence = torch.cat([torch.full((end - start,), index) for index, start, end in rows])
         positions = torch.cat([torch.arange(start, end) for _, start, end in rows])
-        plan = plan_attention(self.table, sequence, positions, self.heads, self.groups, PAGE, self.zero_slot)
+        plan = plan_attention(self.table, sequence, positions, self.heads, self.groups, PAGE, self.zero_slot, window)
         query = torch.cat([self.query[index][start:end] for index, start, end in rows])
-        return paged_attention(query, *self.caches, plan, query.shape[-1] ** -0.5, segment)
+        return paged_attention(query, *self.caches, plan, query.shape[-1] ** -0.5, segment, sinks)
 
-    def reference(self, index: int) -> torch.Tensor:
+    def reference(self, index: int, **features: Any) -> torch.Tensor:
         query = self.query[index]
         sequence, positions = torch.full((len(query),), index), torch.arange(len(query))
-        return paged_attention_reference(query, *self.caches, self.table, sequence, positions, query.shape[-1] ** -0.5)
+        scale = query.shape[-1] ** -0.5
+        return paged_attention_reference(query, *self.caches, self.table, sequence, positions, scale, **features)
 
 
 @segments
@@ -67,6 +76,52 @@ def test_attention_equals_the_reference_at_ugly_sizes(segment: Segment, heads: i
     out = world.attend([(index, 0, length) for index, length in enumerate(lengths)], segment)
     expected = torch.cat([world.reference(index) for index in range(len(lengths))])
     torch.testing.assert_close(out, expected, atol=0.03, rtol=0.03)
+
+
+WINDOWS = (None, 1, 2, 63, 64, 65, 200, 256, 257, 300)
+
+
+def featured(window: int | None, heads: int) -> tuple[float | None, torch.Tensor | None]:
+    """Return a cap of the scores, or sinks, or both, or neither, by window."""
+    at = WINDOWS.index(window)
+    return (2.0 if at % 2 else None), (torch.linspace(-1, 3, heads).bfloat16() if at % 4 < 2 else None)
+
+
+@segments
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_caps_and_sinks_equal_the_reference(segment: Segment, window: int | None) -> None:
+    lengths = [1, 65, 257, 300]
+    world = World(lengths, 6, 2, 16)
+    softcap, sinks = featured(window, 6)
+    used = segment if softcap is None else soft_capped(softcap)
+    out = world.attend([(index, 0, length) for index, length in enumerate(lengths)], used, window, sinks)
+    features = {"window": window, "softcap": softcap, "sinks": sinks}
+    expected = torch.cat([world.reference(index, **features) for index in range(len(lengths))])
+    torch.testing.assert_close(out, expected, atol=0.03, rtol=0.03)
+
+
+@segments
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_caps_and_sinks_keep_the_bits_of_a_row(segment: Segment, window: int | None) -> None:
+    length = 2 * SEGMENT + 9
+    world = World([length, 70], 6, 2, 16)
+    softcap, sinks = featured(window, 6)
+    used = segment if softcap is None else soft_capped(softcap)
+    whole = world.attend([(0, 0, length)], used, window, sinks)
+    for chunk in (7, 100, 256):
+        pieces = itertools.pairwise([*range(0, length, chunk), length])
+        assert torch.equal(torch.cat([world.attend([(0, *piece)], used, window, sinks) for piece in pieces]), whole)
+    for position in (0, 1, 63, 64, 255, 256, 257, 319, 320, 511, 512, length - 1):
+        beside = world.attend([(1, 3, 70), (0, position, position + 1), (1, 0, 2)], used, window, sinks)
+        assert torch.equal(beside[67], whole[position])
+
+
+def test_what_left_the_window_is_not_read() -> None:
+    world = World([300], 4, 2, 16)
+    clean = world.attend([(0, 290, 300)], SEGMENTS["fused"], 20)
+    for cache in world.caches:
+        cache[world.table[0, :16]] = torch.nan  # positions below 256
+    assert torch.equal(world.attend([(0, 290, 300)], SEGMENTS["fused"], 20), clean)
 
 
 @segments
@@ -128,5 +183,9 @@ def test_disagreeing_arguments_are_refused() -> None:
     for heads, groups in ((4, 3), (34, 2), (4, 0)):
         with pytest.raises(ShapeError, match="heads"):
             plan_attention(world.table, torch.zeros(1), torch.zeros(1), heads, groups, PAGE, world.zero_slot)
+    with pytest.raises(ShapeError, match="sinks"):
+        paged_attention(world.query[0], keys, values, plan, 1.0, SEGMENTS["tiled"], torch.zeros(3))
+    with pytest.raises(ShapeError, match="window of 0"):
+        plan_attention(world.table, torch.zeros(1), torch.zeros(1), 4, 2, PAGE, world.zero_slot, 0)
     with pytest.raises(ShapeError, match="position_of"):
         plan_attention(world.table, torch.zeros(2), torch.zeros(1), 4, 2, PAGE, world.zero_slot)
