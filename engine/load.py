@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from engine.adapters import load_adapters
-from engine.config import EngineConfig
+from engine.adapters import LoadedAdapter, load_adapters
+from engine.config import EngineConfig, UnsupportedModel
 from engine.core import EngineCore
 from engine.grammar import Grammars
 from engine.limits import EngineLimits
-from engine.model_runner import (
-    LinearByShape,
-    ModelRunner,
-    blocks_in,
-    choose_linears,
-    choose_segment,
-    verify_adapters,
-)
-from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
-from engine.numeric_policy import digest, numeric_policy
+from engine.model_loading import load_model
+from engine.model_runner import ModelRunner, blocks_in, verify_adapters
+from engine.models.decoder import DecoderConfig
+from engine.models.model import ModelShape
+from engine.numeric_policy import digest
+from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, Report, RuntimeTimes
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from engine.weights import digest_directory, load_parameters, read_json
-from kernels.paged_attention import SEGMENTS
+from engine.weights import cast_from, digest_directory
 
 
 def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRuntime:
@@ -32,18 +29,15 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRun
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    version = digest_directory(config.model)
+    version = replace(digest_directory(config.model), cast=cast_from(config.model))
     tokenizer = Tokenizer(config.model)
-    shape = DecoderConfig.from_json(read_json(config.model, "config.json"))
-    segment = choose_segment(shape)
-    linears = choose_linears(shape, config.max_tokens_per_step)
-    parameters = load_parameters(config.model, parameter_shapes(shape))
-    decoder = Decoder(shape, parameters, LinearByShape(linears), SEGMENTS[segment])
-    loaded = load_adapters(config.adapters, shape, version)
-    adapters = {name: one.adapter for name, one in loaded.items()}
+    loaded = load_model(config.model, config.max_tokens_per_step, config.context_length)
+    shape = loaded.model.config
+    adapted = _adapters(config, shape, version)
+    adapters = {name: one.adapter for name, one in adapted.items()}
     verify_adapters(adapters.values())
     core = EngineCore(
-        ModelRunner(decoder, blocks_in(config.kv_cache_mib, shape), adapters),
+        ModelRunner(loaded.model, blocks_in(config.kv_cache_mib, shape), adapters),
         EngineLimits(
             context_length=min(config.context_length or shape.max_position_embeddings, shape.max_position_embeddings),
             vocabulary_size=shape.vocab_size,
@@ -62,9 +56,17 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRun
         core,
         tokenizer,
         version,
-        digest(numeric_policy(linears, segment)),
-        adapted=[one.version for one in loaded.values()],
+        digest(loaded.policy),
+        adapted=[one.version for one in adapted.values()],
         grammars=Grammars.of(tokenizer.json, shape.vocab_size, tokenizer.eos_ids),
         report=report,
         times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
     )
+
+
+def _adapters(config: EngineConfig, shape: ModelShape, version: ModelVersion) -> dict[str, LoadedAdapter]:
+    if not config.adapters:
+        return {}
+    if not isinstance(shape, DecoderConfig):
+        raise UnsupportedModel("`adapters` are served beside Llama, Mistral, Qwen2 and Qwen3 alone")
+    return load_adapters(config.adapters, shape, version)

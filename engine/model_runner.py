@@ -16,13 +16,14 @@ from torch import Tensor
 
 from engine.config import EngineStartError
 from engine.logprobs import log_softmax, token_logprob
-from engine.models.decoder import Adapted, Adapter, Decoder, DecoderConfig, KVCache, StepInputs
+from engine.models.decoder import Adapted, Adapter, DecoderConfig, KVCache, StepInputs
+from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, Draw, Reading, RowPlan, StepPlan, StepResult
 from engine.pooling import pool
 from engine.request import TokenLogprob
 from engine.sampler import sample
 from kernels import paged_attention
-from kernels.attention_plan import plan_attention
+from kernels.attention_plan import AttentionPlan, plan_attention
 from kernels.linear import TILE_M, Linear, linear, linear_fixed_tiles, verify_invariance
 from kernels.paged_attention import SEGMENTS
 
@@ -43,17 +44,20 @@ def choose_linears(config: DecoderConfig, most_rows: int, linears: Mapping[str, 
     Raises:
         InvarianceUnavailable: for one of the shapes none is.
     """
-    return {shape: _fastest(shape, most_rows, linears) for shape in sorted(set(config.linear_shapes()))}
+    return {shape: choose_linear(shape, most_rows, linears) for shape in sorted(set(config.linear_shapes()))}
 
 
-def _fastest(shape: Shape, most_rows: int, linears: Mapping[str, Linear]) -> str:
+def choose_linear(
+    shape: Shape, most_rows: int, linears: Mapping[str, Linear] = LINEARS, dtype: torch.dtype = torch.bfloat16
+) -> str:
+    """Return the name of the fastest product that is invariant here for a weight. Raises InvarianceUnavailable."""
     for name, function in linears.items():
-        if verify_invariance(function, shape, torch.bfloat16, most_rows):
+        if verify_invariance(function, shape, dtype, most_rows):
             return name
     raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
 
 
-def choose_segment(config: DecoderConfig) -> str:
+def choose_segment(config: ModelShape) -> str:
     """Return the name of the fastest segment attention that is invariant here for the model's heads.
 
     Raises:
@@ -90,13 +94,28 @@ class LinearByShape:
         return self._by_shape[rows, columns](x, weight, bias)
 
 
-class ModelRunner:
-    """`plan.Runner` on a decoder. One thread at a time."""
+class LinearAsMet:
+    """A `kernels.linear.Linear` that chooses when it meets a shape first: whose shapes are known only by running."""
 
-    def __init__(self, decoder: Decoder, block_count: int, adapters: Mapping[str, Adapter] | None = None) -> None:
-        config = decoder.config
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self.chosen: dict[tuple[Shape, torch.dtype], str] = {}
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows, columns = weight.shape
+        met = ((rows, columns), weight.dtype)
+        if met not in self.chosen:
+            self.chosen[met] = choose_linear(met[0], self._most_rows, dtype=weight.dtype)
+        return LINEARS[self.chosen[met]](x, weight, bias)
+
+
+class ModelRunner:
+    """`plan.Runner` on a model. One thread at a time."""
+
+    def __init__(self, model: Model, block_count: int, adapters: Mapping[str, Adapter] | None = None) -> None:
+        config = model.config
         shape = (block_count + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
-        self._decoder = decoder
+        self._model = model
         self._adapters = adapters or {}
         self._block_count = block_count
         self.caches = [
@@ -110,31 +129,38 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        hidden = self._decoder.hidden(self._inputs(plan.rows), self.caches)
-        logits = self._decoder.logits(hidden[_looked_at(plan.rows)])
+        hidden = self._model.hidden(self.inputs(plan.rows), self.caches)
+        logits = self._model.logits(hidden[_looked_at(plan.rows)])
         return StepResult(*_look(plan.rows, logits, hidden))
 
-    def _inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
+    def inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
         lengths = torch.tensor([len(row.tokens) for row in rows])
         width = max(len(row.block_table) for row in rows)
         table = torch.tensor([[*row.block_table, *(0,) * (width - len(row.block_table))] for row in rows])
         sequence = torch.repeat_interleave(torch.arange(len(rows)), lengths)
         positions = torch.tensor([row.start + offset for row in rows for offset in range(len(row.tokens))])
-        config = self._decoder.config
         return StepInputs(
             tokens=torch.tensor([token for row in rows for token in row.tokens]),
             positions=positions,
             slots=table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
-            attention=plan_attention(
-                table,
-                sequence,
-                positions,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                BLOCK_SIZE,
-                zero_slot=self._block_count * BLOCK_SIZE,
-            ),
+            attention=self._attention(table, sequence, positions, None),
+            windowed={
+                window: self._attention(table, sequence, positions, window) for window in self._model.config.windows
+            },
             adapted=self._adapted(rows),
+        )
+
+    def _attention(self, table: Tensor, sequence: Tensor, positions: Tensor, window: int | None) -> AttentionPlan:
+        config = self._model.config
+        return plan_attention(
+            table,
+            sequence,
+            positions,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            BLOCK_SIZE,
+            zero_slot=self._block_count * BLOCK_SIZE,
+            window=window,
         )
 
     def _adapted(self, rows: Sequence[RowPlan]) -> tuple[Adapted, ...]:
@@ -186,7 +212,7 @@ def _draw(row: RowPlan, draw: Draw, scores: npt.NDArray[np.float32], logprobs: T
     return token_logprob(logprobs[index], token, params.top_logprobs if params.logprobs else 0)
 
 
-def blocks_in(mebibytes: int, config: DecoderConfig) -> int:
+def blocks_in(mebibytes: int, config: ModelShape) -> int:
     """Return how many KV blocks of all layers fit into that much memory, at least one."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BYTES_PER_VALUE
     return max(1, (mebibytes << 20) // (per_token * BLOCK_SIZE))

@@ -24,8 +24,13 @@ from kernels import attention_plan
 from kernels import linear as linear_kernel
 
 
-def numeric_policy(linears: Mapping[tuple[int, int], str], segment: str) -> dict[str, object]:
-    """Return the policy of this process, its thread count set. What was chosen is named."""
+def numeric_policy(
+    linears: Mapping[tuple[int, int], str], segment: str, borrowed: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """Return the policy of this process, its thread count set. What was chosen is named.
+
+    `borrowed` tells whose code the layers are, where they are not ours.
+    """
     return {
         "v": 1,
         "machine": platform.machine(),
@@ -43,6 +48,7 @@ def numeric_policy(linears: Mapping[tuple[int, int], str], segment: str) -> dict
         "attention_tile": attention_plan.TILE,
         "attention_segment": attention_plan.SEGMENT,
         "attention_rows": attention_plan.ROWS,
+        "borrowed": borrowed,
         "grammar": _version("llguidance"),
         "kernels": _sources("kernels"),
         "arithmetic": _sources("engine.models", "engine"),
@@ -64,7 +70,22 @@ _SWITCHES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
-_ARITHMETIC = frozenset({"adapters.py", "decoder.py", "grammar.py", "sampler.py", "logprobs.py", "model_runner.py"})
+_ARITHMETIC = frozenset(
+    {
+        "adapters.py",
+        "borrowed.py",
+        "decoder.py",
+        "experts.py",
+        "grammar.py",
+        "logprobs.py",
+        "model_runner.py",
+        "paged_step.py",
+        "products.py",
+        "rope_table.py",
+        "rows.py",
+        "sampler.py",
+    }
+)
 
 
 def _version(package: str) -> str | None:

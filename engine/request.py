@@ -190,6 +190,7 @@ class ModelVersion:
     tokenizer: str
     template: str  # the chat template
     adapter: AdapterVersion | None = None  # None: the model alone
+    cast: tuple[str, ...] = ()  # types that weights are stored in and were cast from, to bfloat16: `float16`, …
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from engine.config import EngineStartError
 from engine.request import ModelVersion
 
 CASTABLE = (torch.bfloat16, torch.float16, torch.float32)
+_CAST_FROM = {"F16": "float16", "F32": "float32"}  # as safetensors names them
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -66,18 +68,46 @@ def load_parameters(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> d
     Raises:
         WeightsError: a weight is missing, is one too many, has another shape or a type that cannot be cast.
     """
-    parameters: dict[str, Tensor] = {}
-    for path in shards(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    parameters[name] = _checked(name, file.get_tensor(name), shapes)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"`{path.name}` cannot be read as safetensors") from error
+    parameters = {name: _checked(name, tensor, shapes) for name, tensor in _stored(directory)}
     missing = sorted(shapes.keys() - parameters.keys())
     if missing:
         raise WeightsError(f"the weight `{missing[0]}` is missing ({len(missing)} in all)")
     return {name: parameters[name] for name in shapes}
+
+
+def load_tensors(directory: Path) -> dict[str, Tensor]:
+    """Return every weight of the checkpoint, in bfloat16, by its name there. Raises WeightsError."""
+    return {name: _cast(name, tensor) for name, tensor in _stored(directory)}
+
+
+def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield every weight as it is stored, no name twice."""
+    names: set[str] = set()
+    for path in shards(directory):
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                if name in names:
+                    raise WeightsError(f"the weight `{name}` is stored twice")
+                names.add(name)
+                yield name, file.get_tensor(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"`{path.name}` cannot be read as safetensors") from error
+
+
+def cast_from(directory: Path) -> tuple[str, ...]:
+    """Return the types of stored weights that loading casts. Reads headers alone. Raises WeightsError."""
+    found: set[str] = set()
+    for path in shards(directory):
+        with _opened(path) as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+    return tuple(sorted(_CAST_FROM[kind] for kind in found & _CAST_FROM.keys()))
 
 
 def _checked(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
@@ -89,6 +119,10 @@ def _checked(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -
         raise WeightsError(f"the weight `{name}` is not one of this architecture")
     if tuple(tensor.shape) != wanted:
         raise WeightsError(f"the weight `{name}` has shape {list(tensor.shape)}, not {list(wanted)}")
+    return _cast(name, tensor)
+
+
+def _cast(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype not in CASTABLE:
         raise WeightsError(f"the weight `{name}` is {tensor.dtype}, which is not cast to bfloat16")
     return tensor.to(torch.bfloat16)

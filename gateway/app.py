@@ -165,6 +165,7 @@ def _model_loaded(model: ModelVersion, numeric_policy: str) -> Record:
             "config": model.config,
             "tokenizer": model.tokenizer,
             "template": model.template,
+            "cast": list(model.cast),
             "engine": numeric_policy,
             **({} if adapter is None else {"adapter": {"name": adapter.name, "digest": adapter.digest}}),
         },

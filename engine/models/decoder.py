@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,6 +97,10 @@ class DecoderConfig:
             self.num_key_value_heads * self.head_dim,
             self.num_key_value_heads * self.head_dim,
         )
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return ()  # a window that cuts anything off is refused
 
     def linear_shapes(self) -> list[tuple[int, int]]:
         """Return the (N, K) of every product of a layer and of the logits."""
@@ -207,6 +211,7 @@ class StepInputs:
     slots: Tensor  # [T] int64  where each token's key and value go
     attention: AttentionPlan
     adapted: tuple[Adapted, ...] = ()  # no token is in two of them
+    windowed: Mapping[int, AttentionPlan] = field(default_factory=dict)  # by sliding window, of a model that has them
 
 
 @dataclass(frozen=True, slots=True)

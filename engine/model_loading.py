@@ -1,0 +1,94 @@
+"""From a model directory to a model: natively where decoder.py knows the family, else by transformers' own code.
+
+A family that decoder.py knows, with a feature that it does not (a window, another rope), goes the second way too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import probe
+from engine.config import UnsupportedModel
+from engine.model_runner import LinearAsMet, LinearByShape, choose_linears, choose_segment
+from engine.models.borrowed import BorrowedModel, build
+from engine.models.borrowed_config import BorrowedConfig, model_class
+from engine.models.decoder import ARCHITECTURES, Decoder, DecoderConfig, parameter_shapes
+from engine.models.model import Model
+from engine.models.rows import missing_rows
+from engine.numeric_policy import numeric_policy
+from engine.weights import load_parameters, load_tensors, read_json
+from kernels.paged_attention import SEGMENTS
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    model: Model
+    policy: Mapping[str, object]  # the numeric policy
+
+
+def load_model(directory: Path, most_rows: int, context_length: int | None = None) -> LoadedModel:
+    """Load the model in `directory`. At most `most_rows` tokens will be in a step.
+
+    Raises: EngineStartError and its kinds.
+    """
+    values = read_json(directory, "config.json")
+    config = configuration(values, context_length)
+    if isinstance(config, DecoderConfig):
+        return _native(directory, config, most_rows)
+    return _borrowed(directory, config, most_rows, context_length)
+
+
+def configuration(values: Mapping[str, Any], context_length: int | None = None) -> DecoderConfig | BorrowedConfig:
+    """Return how the model of a `config.json` is served. Raises UnsupportedModel."""
+    native = (values.get("architectures") or ["none"])[0] in ARCHITECTURES
+    try:
+        return DecoderConfig.from_json(values)
+    except UnsupportedModel as refused:
+        try:
+            return BorrowedConfig.from_json(values, context_length)
+        except UnsupportedModel:
+            if native:  # what the family's own page says of it is the better answer
+                raise refused from None
+            raise
+
+
+def _native(directory: Path, config: DecoderConfig, most_rows: int) -> LoadedModel:
+    segment = choose_segment(config)
+    linears = choose_linears(config, most_rows)
+    parameters = load_parameters(directory, parameter_shapes(config))
+    decoder = Decoder(config, parameters, LinearByShape(linears), SEGMENTS[segment])
+    return LoadedModel(decoder, numeric_policy(linears, segment))
+
+
+def _borrowed(directory: Path, config: BorrowedConfig, most_rows: int, context_length: int | None) -> LoadedModel:
+    segment = choose_segment(config)
+    linear = LinearAsMet(most_rows + missing_rows(most_rows))
+    module = build(config, load_tensors(directory))
+    tokens = probe.probe_tokens(config.vocab_size, config.windows, config.max_position_embeddings)
+    expected = probe.reference(module, tokens)
+    positions = max(min(context_length or sys.maxsize, config.max_position_embeddings), len(tokens))
+    model = BorrowedModel(config, module, linear, SEGMENTS[segment], positions)
+    probe.verify(model, tokens, expected)
+    linears = {shape: name for (shape, kind), name in linear.chosen.items() if kind == torch.bfloat16}
+    return LoadedModel(model, numeric_policy(linears, segment, _provenance(config, linear)))
+
+
+def _provenance(config: BorrowedConfig, linear: LinearAsMet) -> dict[str, object]:
+    """Return whose code the layers are, and the products that are not in bfloat16."""
+    source = sys.modules[model_class(config.architecture).__module__].__file__
+    assert source is not None  # transformers is installed as files
+    others = {f"{n}x{k} {kind}": name for ((n, k), kind), name in linear.chosen.items() if kind != torch.bfloat16}
+    return {
+        "architecture": config.architecture,
+        "transformers": metadata.version("transformers"),
+        "source": "sha256:" + hashlib.sha256(Path(source).read_bytes()).hexdigest(),
+        "linear": others,
+    }
