@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from engine.core import EngineCore
-from engine.request import GenerationRequest, Pooling
+from engine.grammar import Grammars
+from engine.request import GenerationRequest, Pooling, Structure, StructureKind
+from engine.tokenizer import Tokenizer
+from tests.support.byte_tokenizer import EOS
 from tests.support.engine_core import Output, make_request, run_all
 from tests.support.model_engine import MOST_ROWS, load_model, model_core
 from tests.support.tiny_models import VOCABULARY
@@ -173,18 +176,72 @@ def test_a_step_of_any_number_of_rows_changes_no_bit(tiny_models: dict[str, Path
         chunk_tokens=48,
     )
     mine = [ask(length) for length in LENGTHS[: max(1, min(rows, len(LENGTHS)))]]
+    structured = [ordered(n, f"structured-{n}") for n in range(1 + rows // 16)]
     forced = [replace(ask(17, f"forced-{n}"), forced=tuple(alone(directory, 17)[0])) for n in range(rows // 16)]
     forks = [replace(ask(63, f"fork-{n}"), sampling=replace(ask(63).sampling, seed=n)) for n in range(rows // 8)]
     guessed = [plain(15 + n, f"guess-{n}", temperature=0.0) for n in range(rows // 16)]
     free = others(max(0, rows - len(forced) - len(forks) - len(guessed)))
-    outputs = run_all(core, [*free[::2], *mine, *forced, *forks, *guessed, *free[1::2]], check=False)
+    asked = [*free[::2], *mine, *structured, *forced, *forks, *guessed, *free[1::2]]
+    outputs = run_all(core, asked, grammars=grammars_of(directory), check=False)
     assert core.check_integrity() == ()
     for request in mine:
         assert bits(outputs[request.request_id]) == alone(directory, len(request.prompt))
     for n in range(len(forced)):
         assert bits(outputs[f"forced-{n}"]) == alone(directory, 17)
+    for request in structured[:4]:
+        assert bits(outputs[request.request_id]) == ordered_alone(directory, int(request.request_id.split("-")[1]))
     for n, request in enumerate(forks[:4]):
         assert bits(outputs[f"fork-{n}"]) == bits(run_all(model_core(load_model(directory)), [request])[f"fork-{n}"])
+
+
+def test_going_through_every_one_of_a_full_step_s_outputs_gives_its_bits(tiny_models: dict[str, Path]) -> None:
+    directory = tiny_models["wide"]
+    asked = [*(ask(length) for length in LENGTHS), *(ordered(n, f"structured-{n}") for n in range(6)), *others(50)]
+    outputs = run_all(full_core(directory), asked, grammars=grammars_of(directory), check=False)
+    again = [replace(request, forced=tuple(outputs[request.request_id].tokens)) for request in asked]
+    repeated = run_all(full_core(directory), [*again, *renamed(again)], grammars=grammars_of(directory), check=False)
+    for request in asked:
+        assert bits(repeated[request.request_id]) == bits(outputs[request.request_id])
+        assert bits(repeated[f"{request.request_id}-again"]) == bits(outputs[request.request_id])
+
+
+def full_core(directory: Path) -> EngineCore:
+    return model_core(load_model(directory), 4096, max_sequences=160, token_budget=400, chunk_tokens=100)
+
+
+def renamed(requests: list[GenerationRequest]) -> list[GenerationRequest]:
+    return [replace(request, request_id=f"{request.request_id}-again") for request in requests]
+
+
+@cache
+def grammars_of(directory: Path) -> Grammars:
+    return Grammars.of(Tokenizer(directory).json, VOCABULARY, frozenset({EOS}))
+
+
+STRUCTURES = (
+    Structure(StructureKind.REGEX, "(ja|nein|[0-9]{3,9}) bis [a-f]{2,5}"),
+    Structure(StructureKind.JSON_SCHEMA, '{"type": "object", "properties": {"fee": {"type": "integer"}}}'),
+)
+
+
+def ordered(n: int, name: str) -> GenerationRequest:
+    """What may be said is ordered: one structure or the other."""
+    structure = STRUCTURES[n % len(STRUCTURES)]
+    return make_request(name, prompt(20 + 11 * n), 40, seed=n, temperature=1.2, top_p=0.9, structure=structure)
+
+
+@cache
+def ordered_alone(directory: Path, n: int) -> tuple[object, ...]:
+    core = model_core(load_model(directory))
+    return bits(run_all(core, [ordered(n, "r")], grammars=grammars_of(directory))["r"])
+
+
+def test_choices_of_one_prompt_share_its_blocks(directory: Path) -> None:
+    core = model_core(load_model(directory), 64)
+    choices = [replace(ask(100, f"choice-{n}"), sampling=replace(ask(100).sampling, seed=n)) for n in range(8)]
+    held: list[int] = []
+    run_all(core, choices, before_step=lambda core, step: held.append(core.metrics().used_blocks))
+    assert max(held) <= 6 + 8  # six full blocks of the prompt, and of each choice the rest with its answer
 
 
 def read(length: int, name: str, pooling: Pooling | None) -> GenerationRequest:

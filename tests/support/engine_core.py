@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.core import EngineCore
+from engine.grammar import Grammars
 from engine.limits import EngineLimits
 from engine.request import FinishReason, GenerationRequest, GenerationStats, SamplingParams, TokenDelta, TokenLogprob
 from tests.support.byte_tokenizer import EOS, detokenizer_for
@@ -91,13 +92,16 @@ def run_all(
     core: EngineCore,
     requests: Sequence[GenerationRequest],
     *,
+    grammars: Grammars | None = None,
     before_step: Callable[[EngineCore, int], None] = lambda core, step: None,
     check: bool = True,
 ) -> dict[str, Output]:
-    """Return the output of each request; integrity is checked after every step unless told otherwise."""
+    """Return the output of each request; integrity is checked after every step unless told otherwise. `grammars` is for
+    requests with a structure."""
     outputs = {request.request_id: Output() for request in requests}
     for request in requests:
-        core.add(request)
+        structure = request.sampling.structure
+        core.add(request, grammars.compile(structure) if grammars is not None and structure is not None else None)
     step = 0
     while core.has_work:
         before_step(core, step)
