@@ -32,12 +32,16 @@ FIRST_LOOK = 256  # tokens that are put in order for top-p, before more are
 LOG_2 = math.log(2)
 PART = 8_192  # tokens looked at together: what is made of them stays in the processor's cache
 SLACK = 1e-9  # of a bound, relative, for what it was rounded by
+MOST_EXPONENT = 700  # of e, in float64
 
 ANYWHERE = Draw(0)  # nothing stands before, nothing is ruled out
 
-_A = np.uint64(0x9E3779B97F4A7C15)
-_B = np.uint64(0xD1B54A32D192ED03)
-_C = np.uint64(0x8CB92BA72F3D8DD7)
+_A = 0x9E3779B97F4A7C15
+_B = 0xD1B54A32D192ED03
+_C = 0x8CB92BA72F3D8DD7
+_M = 0xBF58476D1CE4E5B9  # of mix
+_N = 0x94D049BB133111EB
+_MULTIPLES = np.arange(PART, dtype=np.uint64) * np.uint64(_A)
 
 
 def sample(logits: npt.NDArray[np.float32], params: SamplingParams, position: int, draw: Draw = ANYWHERE) -> int:
@@ -142,44 +146,87 @@ def _nucleus(scores: Floats, ids: Ids | None, share: float) -> Ids:
 def winner(scores: Floats, seed: int, position: int) -> int:
     """Return the id whose score and noise together are most, ties by lowest id.
 
-    The noise of a token is below −log(1 − u), and that is found from the exponent of 1 − u alone; only where it could
-    win is the noise itself worked out. Most of a vocabulary could not.
+    What most of a vocabulary lacks to win is seen from the hash and the score alone; see `_hopeful`.
     """
+    state = _state(seed, position)
     token, most = 0, -math.inf
     for start in range(0, scores.size, PART):
         part = scores[start : start + PART]
-        uniform = _uniform(seed, position, np.arange(start, start + part.size, dtype=np.uint64))
-        bound = part + (1 - np.frexp(1 - uniform)[1]) * LOG_2
-        likely = int(np.argmax(bound))
-        least = max(most, float(part[likely] + _noise(uniform[likely])))
-        ids = np.flatnonzero(bound >= least - SLACK * max(1.0, abs(least)))
+        words = _mix(_MULTIPLES[: part.size] + np.uint64((state + start * _A) % 2**64))
+        ids = _hopeful(part, words, most)
         if ids.size:
-            values = part[ids] + _noise(uniform[ids])
+            values = part[ids] + _noise(words[ids])
             at = int(np.argmax(values))
             if values[at] > most:
                 token, most = start + int(ids[at]), float(values[at])
     return token
 
 
+def _hopeful(scores: Floats, words: Words, most: float) -> Ids:
+    """Return the ids, ascending, that may have a sum above `most` and all others'; the one that has is among them.
+
+    The best score and the best noise are of two tokens whose sums are worked out first. Another one must be able to
+    come up to them with the best noise, and with the best score. Of those left, a noise is below −log(1 − u), which is
+    found from the exponent of 1 − u alone.
+    """
+    best, luckiest = int(np.argmax(scores)), int(np.argmax(words))
+    if scores[best] == -np.inf:
+        return np.empty(0, dtype=np.intp)
+    noise = _noise(words[[best, luckiest]])
+    least = _below(max(most, float(scores[best] + noise[0]), float(scores[luckiest] + noise[1])))
+    ids = np.flatnonzero((scores >= _below(least - noise[1])) & (words >= _least_word(least - scores[best])))
+    bound = scores[ids] + (1 - np.frexp(1 - _uniform(words[ids]))[1]) * LOG_2
+    if ids.size:
+        likely = ids[np.argmax(bound)]
+        least = max(least, _below(float(scores[likely] + _noise(words[likely]))))
+    found: Ids = ids[bound >= least]
+    return found
+
+
+def _below(bound: float) -> float:
+    """Return a little less, by what a bound may have been rounded."""
+    return bound - SLACK * max(1.0, abs(bound))
+
+
+def _least_word(noise: float) -> np.uint64:
+    """Return a word at or below all those whose noise is at least `noise`."""
+    uniform = math.exp(-math.exp(-noise)) if noise > -MOST_EXPONENT else 0.0
+    return np.uint64(max(0, int(uniform * (1 - SLACK) * 2**53) - 1) << 11)
+
+
 def gumbel(seed: int, position: int, ids: Ids) -> Floats:
     """Return the noise of vocabulary ids at `position`, in their order."""
-    noise: Floats = _noise(_uniform(seed, position, ids.astype(np.uint64)))
+    noise: Floats = _noise(_mix(ids.astype(np.uint64) * np.uint64(_A) + np.uint64(_state(seed, position))))
     return noise
 
 
-def _uniform(seed: int, position: int, ids: Words) -> Floats:
-    with np.errstate(over="ignore"):
-        state = _mix(np.uint64(seed) * _A + _mix(np.uint64(position) * _B + _C))
-        words = _mix(state + ids * _A)
-    uniform: Floats = ((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-    return uniform
+def _state(seed: int, position: int) -> int:
+    return _mixed((seed * _A + _mixed((position * _B + _C) % 2**64)) % 2**64)
 
 
-def _noise(uniform: Any) -> Any:
-    return -np.log(-np.log(uniform))
+def _noise(words: Any) -> Any:
+    return -np.log(-np.log(_uniform(words)))
 
 
-def _mix(word: np.uint64 | Words) -> Words:
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(word ^ (word >> np.uint64(31)))
+def _uniform(words: Any) -> Any:
+    return ((words >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+
+
+def _mix(words: Words) -> Words:
+    """Return the words mixed, in their own memory."""
+    shifted = words >> np.uint64(30)
+    words ^= shifted
+    words *= np.uint64(_M)
+    np.right_shift(words, np.uint64(27), out=shifted)
+    words ^= shifted
+    words *= np.uint64(_N)
+    np.right_shift(words, np.uint64(31), out=shifted)
+    words ^= shifted
+    return words
+
+
+def _mixed(word: int) -> int:
+    """Return the same for one word."""
+    word = (word ^ (word >> 30)) * _M % 2**64
+    word = (word ^ (word >> 27)) * _N % 2**64
+    return word ^ (word >> 31)

@@ -30,7 +30,7 @@ class Visit:
     tiles: Tensor  # [n] int64
     slots: Tensor  # [n · K] int64  where the keys lie, block · P + offset
     keys: int  # K, a multiple of TILE, ≤ SEGMENT
-    mask: Tensor | None  # [n, 1, R, K] bfloat16, 0 or −∞; None: every row sees every key
+    mask: Tensor | None  # [n, 1, R, K] bfloat16, 0 or −∞; None: every row sees every key. R is 1 in a lone step
     unseeing: Tensor | None  # [n, 1, R] bool, rows that see no key here; None: there is none
 
 
@@ -42,6 +42,7 @@ class AttentionPlan:
     tile_count: int
     visits: tuple[Visit, ...]  # of each tile in ascending order of segments
     single: bool  # one visit, of all tiles: nothing is to be merged
+    lone: bool  # every tile holds one token, a step of decodes: its rows see the same
 
     @property
     def ratio(self) -> int:
@@ -75,6 +76,10 @@ def plan_attention(
         raise ShapeError(f"a window of {window} keys holds not even the token's own")
     ratio = heads // groups
     per_tile = ROWS // ratio
+    if not bool((sequence_of[1:] == sequence_of[:-1]).any()):
+        visits = tuple(_visits(position_of[:, None], window, block_table[sequence_of], page, zero_slot))
+        place = torch.arange(tokens) * per_tile
+        return AttentionPlan(heads, groups, place, tokens, visits, single=len(visits) == 1, lone=True)
     place = _place(sequence_of, per_tile)
     count = int(place[-1]) // per_tile + 1
     starts = torch.zeros(count, dtype=torch.long)
@@ -86,7 +91,7 @@ def plan_attention(
     rows = positions.view(count, per_tile).repeat_interleave(ratio, dim=1)
     rows = torch.cat((rows, rows[:, :1].expand(-1, ROWS - per_tile * ratio)), dim=1)
     visits = tuple(_visits(rows, window, block_table[sequence], page, zero_slot))
-    return AttentionPlan(heads, groups, place, count, visits, len(visits) == 1)
+    return AttentionPlan(heads, groups, place, count, visits, single=len(visits) == 1, lone=False)
 
 
 def _place(sequence_of: Tensor, per_tile: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 Numeric contract. The keys of a sequence are taken in segments of 512 at *absolute* positions; each gives a softmax
 state (m, l, o), and states are merged in ascending order. A decode step's one token and a prefill's many go through
-products of one shape, 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a
-segment's state keep that: `segment_fused` is the library's one-pass kernel, always given 16 rows; `segment_tiled` walks
-tiles of 64 keys in float32. `verify_invariance` tests a machine for it. Keys that a row may not see change no bit,
-unless they are its own sequence's and not finite. A sink is a state of its own, merged before the first segment.
+products of 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a segment's
+state keep that: `segment_fused` is the library's one-pass kernel; `segment_tiled` walks tiles of 64 keys in float32.
+Where the library gives a row the same bits among any 2 to 16, a step of one token a sequence goes without the rows that
+would be padding. `verify_invariance` tests a machine for all of it. Keys that a row may not see change no bit, unless
+they are its own sequence's and not finite. A sink is a state of its own, merged before the first segment.
 
 Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022;
 Gemma 2, 2024 (soft-capped scores); Xiao et al., 2024, and GPT-OSS, 2025 (sinks).
@@ -14,16 +15,27 @@ Gemma 2, 2024 (soft-capped scores); Xiao et al., 2024, and GPT-OSS, 2025 (sinks)
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_plan import ROWS, SEGMENT, TILE, AttentionPlan, Visit
 from kernels.shape import ShapeError, check_shape
 
 State = tuple[Tensor, Tensor, Tensor]  # m [n, G, R] running maximum, l [n, G, R] sum, o [n, G, R, D] weighted sum
-Segment = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+LEAST_ROWS = 2  # one row alone is another product in the library
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A way to the state of a segment."""
+
+    attend: Attend  # see `segment_fused`
+    any_rows: bool  # a row's bits are the same among LEAST_ROWS … 16; else it is always given 16
 
 
 def paged_attention(
@@ -49,12 +61,12 @@ def paged_attention(
     check_shape("place", plan.place, tokens)
     if heads != plan.heads or key_cache.shape[2:] != (plan.groups, size):
         raise ShapeError(f"{heads} heads of {size} do not fit the plan or a cache of {list(key_cache.shape)}")
-    tiles = _pack(query, plan)
+    tiles = _pack(query, plan, segment.any_rows)
     if plan.single and sinks is None:
-        return _unpack(_visit(tiles, key_cache, value_cache, plan.visits[0], scale, segment)[0], plan)
+        return _unpack(_visit(tiles, key_cache, value_cache, plan.visits[0], scale, segment.attend)[0], plan)
     total = _empty(tiles) if sinks is None else _sunk(tiles, sinks, plan)
     for visit in plan.visits:
-        out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment)
+        out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment.attend)
         before: State = (total[0][visit.tiles], total[1][visit.tiles], total[2][visit.tiles])
         merged = merge_state(before, (logsum, torch.isfinite(logsum).float(), out.float()))
         for part, new in zip(total, merged, strict=True):
@@ -62,10 +74,14 @@ def paged_attention(
     return _unpack((total[2] / total[1][..., None]).to(query.dtype), plan)
 
 
-def _pack(query: Tensor, plan: AttentionPlan) -> Tensor:
-    """Return [n, G, R, D]; rows without a token are zero."""
+def _pack(query: Tensor, plan: AttentionPlan, any_rows: bool) -> Tensor:
+    """Return [n, G, R, D]; rows without a token are zero. R is 16, or fewer where every tile has one token."""
     tokens, _, size = query.shape
     ratio, per_tile = plan.ratio, plan.tokens_per_tile
+    if plan.lone:
+        rows = query.view(tokens, plan.groups, ratio, size)
+        missing = max(LEAST_ROWS if any_rows else ROWS, ratio) - ratio
+        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
     tiles = query.new_zeros(plan.tile_count, plan.groups, ROWS, size)
     by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
     by_token[plan.place // per_tile, :, plan.place % per_tile] = query.view(tokens, plan.groups, ratio, size)
@@ -74,6 +90,8 @@ def _pack(query: Tensor, plan: AttentionPlan) -> Tensor:
 
 def _unpack(tiles: Tensor, plan: AttentionPlan) -> Tensor:
     size, ratio, per_tile = tiles.shape[-1], plan.ratio, plan.tokens_per_tile
+    if plan.lone:
+        return tiles[:, :, :ratio].reshape(-1, plan.heads, size)
     by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
     return by_token[plan.place // per_tile, :, plan.place % per_tile].reshape(-1, plan.heads, size)
 
@@ -84,16 +102,18 @@ def _sunk(tiles: Tensor, sinks: Tensor, plan: AttentionPlan) -> State:
     _, sums, weighted = _empty(tiles)
     scores = torch.full((plan.groups, ROWS), -torch.inf)  # of rows without a token
     scores[:, : plan.tokens_per_tile * plan.ratio] = sinks.float().view(plan.groups, -1).repeat(1, plan.tokens_per_tile)
+    scores = scores[:, : tiles.shape[2]]
     maximum = scores.expand_as(sums).clone()
     return maximum, torch.isfinite(maximum).float(), weighted
 
 
 def _visit(
-    tiles: Tensor, key_cache: Tensor, value_cache: Tensor, visit: Visit, scale: float, segment: Segment
+    tiles: Tensor, key_cache: Tensor, value_cache: Tensor, visit: Visit, scale: float, attend: Attend
 ) -> tuple[Tensor, Tensor]:
     """Return a segment's attention [n, G, R, D] and the logarithm of its sum [n, G, R]; unseeing rows: 0, −∞."""
     keys, values = (_gather(cache, visit) for cache in (key_cache, value_cache))
-    out, logsum = segment(tiles, keys, values, visit.mask, scale)
+    mask = None if visit.mask is None else visit.mask.expand(-1, -1, tiles.shape[2], -1)
+    out, logsum = attend(tiles, keys, values, mask, scale)
     if visit.unseeing is not None:
         out = out.masked_fill(visit.unseeing[..., None], 0.0)
         logsum = logsum.masked_fill(visit.unseeing, -torch.inf)
@@ -107,12 +127,12 @@ def _gather(cache: Tensor, visit: Visit) -> Tensor:
 
 
 def segment_fused(
-    tiles: Tensor,  # [n, G, 16, D]
+    tiles: Tensor,  # [n, G, R, D]
     keys: Tensor,  # [n, G, K, D]
     values: Tensor,  # [n, G, K, D]
-    mask: Tensor | None,  # [n, 1, 16, K]  0 or −∞, same dtype
+    mask: Tensor | None,  # [n, 1, R, K]  0 or −∞, same dtype
     scale: float,
-) -> tuple[Tensor, Tensor]:  # [n, G, 16, D] same dtype, [n, G, 16] float32
+) -> tuple[Tensor, Tensor]:  # [n, G, R, D] same dtype, [n, G, R] float32
     """Return softmax(scale · q·kᵀ + mask)·v and the logarithm of each row's sum, by the library's one-pass kernel."""
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, logsum = fused(tiles, keys, values, 0.0, False, attn_mask=mask, scale=scale)
@@ -147,7 +167,7 @@ def segment_tiled(
 
 def soft_capped(softcap: float) -> Segment:
     """Return the segment attention of scores bent below `softcap`. The library's kernel has none."""
-    return partial(segment_tiled, softcap=softcap)
+    return Segment(partial(segment_tiled, softcap=softcap), any_rows=False)
 
 
 def merge_state(left: State, right: State) -> State:
@@ -169,15 +189,20 @@ def _finite(maximum: Tensor) -> Tensor:
     return torch.where(torch.isneginf(maximum), 0.0, maximum)
 
 
-SEGMENTS: dict[str, Segment] = {"fused": segment_fused, "tiled": segment_tiled}  # the faster first
+SEGMENTS = {  # the faster first
+    "fused": Segment(segment_fused, any_rows=True),
+    "fused_16": Segment(segment_fused, any_rows=False),
+    "tiled": Segment(segment_tiled, any_rows=False),
+}
 
 
 def verify_invariance(segment: Segment, groups: int, size: int, dtype: torch.dtype) -> bool:
-    """Return whether `segment` gives a row of 16 the same bits here whatever stands beside it.
+    """Return whether `segment` gives a row the same bits here whatever stands beside it.
 
     Tried: fewer tiles, other rows in the tile, the row elsewhere, keys cut off that it does not see, zeros in their
-    place, and no mask instead of an empty one.
+    place, no mask instead of an empty one, and where it may have fewer rows than 16, fewer.
     """
+    attend = segment.attend
     generator = torch.Generator().manual_seed(0)
     tiles = torch.randn(33, groups, ROWS, size, generator=generator, dtype=dtype)
     keys, values = (torch.randn(33, SEGMENT, groups, size, generator=generator, dtype=dtype) for _ in "kv")
@@ -186,24 +211,43 @@ def verify_invariance(segment: Segment, groups: int, size: int, dtype: torch.dty
     mask = torch.where(torch.arange(SEGMENT) <= seen[..., None], 0.0, -torch.inf).to(dtype)
     scale = size**-0.5
 
-    def same(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> bool:
-        return torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
-
-    whole = segment(tiles, keys, values, mask, scale)
+    whole = attend(tiles, keys, values, mask, scale)
     for part in (slice(0, 1), slice(5, 7), slice(32, 33), slice(3, 20)):
-        if not same(
-            segment(tiles[part], keys[part], values[part], mask[part], scale), (whole[0][part], whole[1][part])
+        if not _same(
+            attend(tiles[part], keys[part], values[part], mask[part], scale), (whole[0][part], whole[1][part])
         ):
             return False
     for shift in (1, 7, 15):
-        moved = segment(tiles.roll(shift, 2), keys, values, mask.roll(shift, 2), scale)
-        if not same((moved[0].roll(-shift, 2), moved[1].roll(-shift, 2)), whole):
+        moved = attend(tiles.roll(shift, 2), keys, values, mask.roll(shift, 2), scale)
+        if not _same((moved[0].roll(-shift, 2), moved[1].roll(-shift, 2)), whole):
             return False
     beyond = torch.arange(SEGMENT)[:, None] >= TILE
-    short = segment(tiles, keys[:, :, :TILE], values[:, :, :TILE], mask[..., :TILE].contiguous(), scale)
-    zeroed = segment(tiles, keys.masked_fill(beyond, 0.0), values.masked_fill(beyond, 0.0), mask, scale)
-    open_mask = segment(tiles, keys, values, torch.zeros_like(mask), scale)
-    return same(short, whole) and same(zeroed, whole) and same(segment(tiles, keys, values, None, scale), open_mask)
+    short = attend(tiles, keys[:, :, :TILE], values[:, :, :TILE], mask[..., :TILE].contiguous(), scale)
+    zeroed = attend(tiles, keys.masked_fill(beyond, 0.0), values.masked_fill(beyond, 0.0), mask, scale)
+    open_mask = attend(tiles, keys, values, torch.zeros_like(mask), scale)
+    whole_open = attend(tiles, keys, values, None, scale)
+    if segment.any_rows and not _keeps_fewer_rows(attend, tiles, keys, values, whole_open):
+        return False
+    return _same(short, whole) and _same(zeroed, whole) and _same(whole_open, open_mask)
+
+
+def _keeps_fewer_rows(
+    attend: Attend, tiles: Tensor, keys: Tensor, values: Tensor, whole: tuple[Tensor, Tensor]
+) -> bool:
+    """Return whether rows have among fewer the bits that they have in `whole`, at every key and at some."""
+    scale = tiles.shape[-1] ** -0.5
+    some = attend(tiles, keys[:, :, :TILE], values[:, :, :TILE], None, scale)
+    for rows in range(LEAST_ROWS, ROWS):
+        left = tiles[:, :, :rows].contiguous()
+        for count, expected in ((SEGMENT, whole), (TILE, some)):
+            fewer = attend(left, keys[:, :, :count], values[:, :, :count], None, scale)
+            if not _same(fewer, (expected[0][:, :, :rows], expected[1][:, :, :rows])):
+                return False
+    return True
+
+
+def _same(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> bool:
+    return torch.equal(left[0], right[0]) and torch.equal(left[1], right[1])
 
 
 def paged_attention_reference(

@@ -13,6 +13,8 @@ from kernels.paged_attention import (
     merge_state,
     paged_attention,
     paged_attention_reference,
+    segment_fused,
+    segment_tiled,
     soft_capped,
     verify_invariance,
 )
@@ -114,6 +116,8 @@ def test_windows_caps_and_sinks_keep_the_bits_of_a_row(segment: Segment, window:
     for position in (0, 1, 63, 64, 255, 256, 257, 319, 320, 511, 512, length - 1):
         beside = world.attend([(1, 3, 70), (0, position, position + 1), (1, 0, 2)], used, window, sinks)
         assert torch.equal(beside[67], whole[position])
+        decoded = world.attend([(1, 69, 70), (0, position, position + 1)], used, window, sinks)
+        assert torch.equal(decoded[1], whole[position])
 
 
 def test_what_left_the_window_is_not_read() -> None:
@@ -137,6 +141,8 @@ def test_decode_equals_prefill_equals_chunks_in_bits(segment: Segment, heads: in
     for position in (0, 1, 15, 16, 63, 64, 255, 256, 511, 512, 513, length - 1):
         beside = world.attend([(1, 3, 70), (0, position, position + 1), (1, 0, 2)], segment)
         assert torch.equal(beside[67], whole[position])
+        decoded = world.attend([(1, 69, 70), (0, position, position + 1)], segment)  # without rows of padding
+        assert torch.equal(decoded[1], whole[position])
 
 
 @segments
@@ -155,10 +161,19 @@ def test_tiles_in_float32_are_invariant_here(size: int) -> None:
 
 def test_a_segment_that_looks_at_its_neighbours_is_found_out() -> None:
     def leaning(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = SEGMENTS["tiled"](tiles, *others)  # type: ignore[arg-type]
+        out, logsum = segment_tiled(tiles, *others)  # type: ignore[arg-type]
         return out + tiles.amax() * 2**-6, logsum
 
-    assert not verify_invariance(leaning, 1, 16, torch.bfloat16)
+    assert not verify_invariance(Segment(leaning, any_rows=False), 1, 16, torch.bfloat16)
+
+
+def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> None:
+    def counting(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = segment_fused(tiles, *others)  # type: ignore[arg-type]
+        return out, logsum + 2**-12 * (tiles.shape[2] == 7)
+
+    assert verify_invariance(Segment(counting, any_rows=False), 1, 16, torch.bfloat16)
+    assert not verify_invariance(Segment(counting, any_rows=True), 1, 16, torch.bfloat16)
 
 
 def test_merging_an_empty_state_changes_no_bit() -> None:
