@@ -15,7 +15,7 @@ from engine.generation import DetokenizerFor, Generation
 from engine.grammar import Start
 from engine.limits import EngineLimits
 from engine.metrics import EngineMetrics
-from engine.plan import Runner, StepPlan
+from engine.plan import Runner, StepInterrupted, StepPlan, StepResult
 from engine.request import FinishReason, GenerationFailed, GenerationRequest, RequestRefused, TokenDelta
 from engine.scheduler import Scheduler
 
@@ -48,6 +48,7 @@ class EngineCore:
         self._clock = clock
         self._generations: dict[str, Generation] = {}
         self._steps = 0
+        self._interrupted_steps = 0
         self._computed_tokens = 0
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -87,8 +88,11 @@ class EngineCore:
         """Let nothing be found again that was cached under a salt."""
         self.scheduler.pool.forget(cache_salt)
 
-    def step(self) -> list[Emission]:
+    def step(self, poll: Callable[[], None] = lambda: None) -> list[Emission]:
         """Carry out one step; return what it added, at most one emission per request. Empty when nothing is in flight.
+
+        `poll` is called between layers. It may `add`, and nothing else: a step is given up, and empty, if who came then
+        is owed a place by those it serves.
 
         What the runner raises comes through: the contents of the cache are then unknown and the engine must not go on.
         """
@@ -96,10 +100,20 @@ class EngineCore:
         if plan is None:
             return []
         self._note_admitted()
-        return self._run(plan)
 
-    def _run(self, plan: StepPlan) -> list[Emission]:
-        result = self._runner.run(plan)
+        def interrupted() -> bool:
+            poll()
+            return self.scheduler.gives_way
+
+        try:
+            result = self._runner.run(plan, interrupted)
+        except StepInterrupted:
+            self.scheduler.drop_plan()
+            self._interrupted_steps += 1
+            return []
+        return self._taken(plan, result)
+
+    def _taken(self, plan: StepPlan, result: StepResult) -> list[Emission]:
         now = self._clock()
         self._steps += 1
         self._computed_tokens += plan.token_count
@@ -142,6 +156,7 @@ class EngineCore:
             used_blocks=pool.used,
             unfilled_slots=self.scheduler.unfilled_slots(),
             steps=self._steps,
+            interrupted_steps=self._interrupted_steps,
             computed_tokens=self._computed_tokens,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -31,6 +31,7 @@ class EngineMetrics:
     unfilled_slots: int = 0  # KV slots in used blocks that hold nothing yet
     # counters
     steps: int = 0
+    interrupted_steps: int = 0  # given up for who came meanwhile, and not among `steps`
     computed_tokens: int = 0  # by the model, prefill, recomputation and decode together
     prompt_tokens: int = 0  # of requests that produced their first token
     generation_tokens: int = 0

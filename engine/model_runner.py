@@ -18,7 +18,7 @@ from engine.config import EngineStartError
 from engine.logprobs import log_softmax, token_logprob
 from engine.models.decoder import Adapted, Adapter, DecoderConfig, KVCache, StepInputs
 from engine.models.model import Model, ModelShape
-from engine.plan import BLOCK_SIZE, Draw, Reading, RowPlan, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Draw, Interrupted, Reading, RowPlan, StepPlan, StepResult, never
 from engine.pooling import pool
 from engine.request import TokenLogprob
 from engine.sampler import sample
@@ -128,12 +128,12 @@ class ModelRunner:
         return self._block_count
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
-        hidden = self._model.hidden(self.inputs(plan.rows), self.caches)
+    def run(self, plan: StepPlan, interrupted: Interrupted = never) -> StepResult:
+        hidden = self._model.hidden(self.inputs(plan.rows, interrupted), self.caches)
         logits = self._model.logits(hidden[_looked_at(plan.rows)])
         return StepResult(*_look(plan.rows, logits, hidden))
 
-    def inputs(self, rows: Sequence[RowPlan]) -> StepInputs:
+    def inputs(self, rows: Sequence[RowPlan], interrupted: Interrupted = never) -> StepInputs:
         lengths = torch.tensor([len(row.tokens) for row in rows])
         width = max(len(row.block_table) for row in rows)
         table = torch.tensor([[*row.block_table, *(0,) * (width - len(row.block_table))] for row in rows])
@@ -148,6 +148,7 @@ class ModelRunner:
                 window: self._attention(table, sequence, positions, window) for window in self._model.config.windows
             },
             adapted=self._adapted(rows),
+            interrupted=interrupted,
         )
 
     def _attention(self, table: Tensor, sequence: Tensor, positions: Tensor, window: int | None) -> AttentionPlan:

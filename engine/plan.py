@@ -6,7 +6,7 @@ no requests: `row` is all it hands back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,6 +117,17 @@ class StepResult:
     readings: tuple[Reading, ...] = ()
 
 
+Interrupted = Callable[[], bool]
+
+
+def never() -> bool:
+    return False
+
+
+class StepInterrupted(Exception):
+    """A step was given up between two layers, as was asked. It sampled nothing; what it stored is stored again."""
+
+
 class Runner(Protocol):
     """Carries out a plan. Ours is `ModelRunner`; the scheduler's tests use one that computes on the paged cache
     without a model."""
@@ -126,4 +137,10 @@ class Runner(Protocol):
         """KV blocks available, ids 0 … block_count − 1."""
         ...
 
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def run(self, plan: StepPlan, interrupted: Interrupted = never) -> StepResult:
+        """Carry out a plan. `interrupted` may be asked between layers.
+
+        Raises:
+            StepInterrupted: it said so.
+        """
+        ...

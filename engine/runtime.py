@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -139,6 +140,7 @@ class EngineRuntime:
         self._drained: Future[None] = Future()
         self._to_forget: set[bytes] = set()  # salts
         self._inbox: queue.Queue[_Message] = queue.Queue(2 * self._limits.in_flight + 1)
+        self._set_aside: deque[_Message] = deque()  # taken in during a step; an abort at most of each request in flight
         self._last_step = clock()  # written by the step thread, as are the next two
         self._findings = 0
         self._snapshot = core.metrics()
@@ -339,7 +341,7 @@ class EngineRuntime:
     def _work(self) -> None:
         try:
             while self._receive():
-                emissions = self._core.step()
+                emissions = self._core.step(self._take_in)
                 self._last_step = self._clock()
                 self._snapshot = self._core.metrics()
                 self._emit(emissions)
@@ -352,14 +354,24 @@ class EngineRuntime:
 
     def _receive(self) -> bool:
         """Handle every message there is, waiting for one if there is no work; return whether to go on."""
-        message = self._first_message()
+        message = self._set_aside.popleft() if self._set_aside else self._first_message()
         while message is not None:
             if isinstance(message, _Close):
                 return False
             self._handle(message)
-            message = self._poll()
+            message = self._set_aside.popleft() if self._set_aside else self._poll()
         self._reset_caches()
         return True
+
+    def _take_in(self) -> None:
+        """While a step is under way, let its scheduler know who has come; the rest waits for its end."""
+        message = self._poll()
+        while message is not None:
+            if isinstance(message, _Add):
+                self._handle(message)
+            else:
+                self._set_aside.append(message)
+            message = self._poll()
 
     def _reset_caches(self) -> None:
         with self._lock:

@@ -10,8 +10,8 @@ since a request that does not fit an empty pool was refused, everything finishes
 the budget for them by weight.
 
 A key does not wait for another's flood to end: where it is owed a place and none is free, the youngest sequence of the
-key with the most of them is preempted, never a key's last; and in every other step, while a key within its share has a
-prompt to read, those above theirs pause.
+key with the most of them is preempted, never a key's last; in every other step, while a key within its share has a
+prompt to read, those above theirs pause; and a step that serves such gives way to who comes while it is under way.
 
 Source: Kwon et al., SOSP 2023 (preemption by recomputation); Agrawal et al., OSDI 2024 (chunked prefill beside decode).
 """
@@ -55,6 +55,8 @@ class Scheduler:
         self._planned: list[tuple[Sequence, RowPlan]] = []  # what the step under way computes
         self._filling: set[bytes] = set()  # keys of the blocks that prefills of the step under way will fill
         self._arrivals = 0
+        self._known = 0  # arrivals before the plan under way
+        self._dropped = False  # the latest plan
         self._preempted = False  # in this step; nobody is admitted then
         # Whose turn it was, and how many blocks were available when it was refused admission; asking again before there
         # are more would walk its prompt for nothing in every step.
@@ -98,6 +100,7 @@ class Scheduler:
         self._preempted = False
         self.admitted = []
         self._filling.clear()
+        self._known = self._arrivals
         self._make_room()
         self._paused = not self._paused and self._someone_reads()
         rows: list[RowPlan] = []
@@ -114,6 +117,7 @@ class Scheduler:
         Each of them must then be continued (by doing nothing) or handed to `finish`.
         """
         planned, self._planned = self._planned, []
+        self._dropped = False
         if len(result.sampled) != len(planned):
             raise StepMismatch(f"{len(planned)} rows were planned, {len(result.sampled)} answered")
         sampled = []
@@ -135,8 +139,22 @@ class Scheduler:
         return sampled
 
     def drop_plan(self) -> None:
-        """Forget the plan under way: it was not carried out."""
+        """Forget the plan under way: it was not carried out. The next one is kept to the end."""
+        for sequence, _ in self._planned:
+            sequence.drop_guesses()
         self._planned = []
+        self._dropped = True
+
+    @property
+    def gives_way(self) -> bool:
+        """Whether the plan under way should be dropped: who came since is owed a place, and it serves some who have
+        more than theirs. Never twice in a row, so that who has more goes on as well."""
+        if self._dropped or not self._waiting:
+            return False
+        newcomer = self._waiting.next()
+        if newcomer.arrival < self._known or not self._waiting.is_owed(newcomer):
+            return False
+        return any(self._waiting.is_above_share(sequence) for sequence, _ in self._planned)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove `sequence`, wherever it stands, for good. Its blocks become free, or cached where full."""

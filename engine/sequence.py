@@ -114,6 +114,9 @@ class Sequence:
         self._lookup.learn(len(guessed), right)
         return sampled[: right + 1]
 
+    def drop_guesses(self) -> None:
+        self._guessed = ()
+
     def read(self, reading: Reading) -> None:
         """Take up what a step showed of the prompt."""
         self.scored.extend(reading.scored)

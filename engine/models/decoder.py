@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import UnsupportedModel
+from engine.plan import Interrupted, StepInterrupted, never
 from kernels.attention_plan import ROWS, AttentionPlan
 from kernels.linear import Linear
 from kernels.low_rank import LowRank, add_low_rank
@@ -212,6 +213,12 @@ class StepInputs:
     attention: AttentionPlan
     adapted: tuple[Adapted, ...] = ()  # no token is in two of them
     windowed: Mapping[int, AttentionPlan] = field(default_factory=dict)  # by sliding window, of a model that has them
+    interrupted: Interrupted = never
+
+    def give_way(self) -> None:
+        """Between layers. Raises StepInterrupted."""
+        if self.interrupted():
+            raise StepInterrupted
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +269,7 @@ class Decoder:
         residual = F.embedding(inputs.tokens, self._embedding)
         normed = rms_norm(residual, self._layers[0].input_norm, epsilon)
         for index, layer in enumerate(self._layers):
+            inputs.give_way()
             adapted = _adapted(inputs, index)
             attended = self._attention(layer, normed, inputs, adapted, caches[index], cos, sin)
             normed, residual = add_rms_norm(attended, residual, layer.post_norm, epsilon)

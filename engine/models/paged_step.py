@@ -76,6 +76,7 @@ def attention(
     if probity_step is None:
         raise UnsupportedModel(f"`{type(module).__name__}` does not hand the step to its attention")
     _refuse(module, attention_mask, scaling, dropout, others)
+    probity_step.inputs.give_way()
     step, layer = probity_step, module.layer_idx
     with step.products.ours():
         tokens = len(step.inputs.tokens)

@@ -5,13 +5,14 @@
 The bare engine on the model of bench_engine. One key keeps `--flood` requests (200 tokens in, 60 out) in the queue;
 another asks now and then (4 tokens out), at any moment of a step, and its time to first token is taken: alone, beside
 the flood, and once as it would be in plain order of arrival, which is the same flood under the same key. What is left
-of the flood is the step under way when a question comes, so it depends on the budget of a step. Asserts nothing.
+of the flood is the layer under way when a question comes, and of the next one if two come soon. Asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import statistics
 import tempfile
@@ -60,18 +61,28 @@ def first_tokens(
     """Return the times to first token, in seconds, of `asked` questions of the key `quiet`."""
     core, numbers, moments = make_core(decoder, sequences, flood, budget), itertools.count(), random.Random(1)
     times: list[float] = []
-    waiting_since, pause = 0.0, 4 * PAUSE_STEPS
+    waiting_since, pause, lasted, due = 0.0, 4 * PAUSE_STEPS, 0.0, math.inf
     flooding = 0
+
+    def ask_when_due() -> None:
+        nonlocal waiting_since, due
+        if time.perf_counter() >= due:
+            waiting_since, due = due, math.inf
+            core.add(question(f"quiet-{next(numbers)}", "quiet", next(numbers), prompt, 4))
+
     while len(times) < asked:
         while flooding < flood:
             core.add(question(f"flood-{next(numbers)}", flood_key, next(numbers), 200, 60))
             flooding += 1
         pause -= 1
         began = time.perf_counter()
-        emissions = core.step()
-        if pause == 0:  # it came at any moment of the step that was under way
-            waiting_since = began + moments.random() * (time.perf_counter() - began)
-            core.add(question(f"quiet-{next(numbers)}", "quiet", next(numbers), prompt, 4))
+        if pause == 0:  # it comes at any moment of the step under way
+            due = began + moments.random() * lasted
+        emissions = core.step(ask_when_due)
+        lasted = time.perf_counter() - began
+        if due <= began + lasted or (due < math.inf and not core.has_work):
+            due = min(due, time.perf_counter())
+            ask_when_due()
         for emission in emissions:
             if emission.request_id.startswith("flood"):
                 flooding -= emission.delta.finish_reason is not None

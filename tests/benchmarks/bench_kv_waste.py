@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 
 from engine.core import EngineCore
-from engine.plan import BLOCK_SIZE, StepPlan, StepResult
+from engine.plan import BLOCK_SIZE, Interrupted, StepPlan, StepResult, never
 from engine.request import GenerationRequest
 from tests.benchmarks.machine import describe_machine
 from tests.support.engine_core import make_core, make_request
@@ -46,9 +46,9 @@ class Waste:
 class TimedRunner(PagedRunner):
     spent_s = 0.0
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, interrupted: Interrupted = never) -> StepResult:
         start = time.perf_counter()
-        result = super().run(plan)
+        result = super().run(plan, interrupted)
         self.spent_s += time.perf_counter() - start
         return result
 

@@ -6,6 +6,7 @@ for which the library itself is not invariant on some machines, so that what rep
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import replace
 from functools import cache
@@ -18,7 +19,7 @@ from engine.grammar import Grammars
 from engine.request import GenerationRequest, Pooling, Structure, StructureKind
 from engine.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import EOS
-from tests.support.engine_core import Output, make_request, run_all
+from tests.support.engine_core import Output, make_request, run_all, take
 from tests.support.model_engine import MOST_ROWS, load_model, model_core
 from tests.support.tiny_models import VOCABULARY
 
@@ -277,6 +278,30 @@ def test_what_is_read_of_a_prompt_depends_on_nothing_else(directory: Path, pooli
         assert shown(output) == read_alone(directory, length, pooling)
         assert [one.token for one in output.prompt_logprobs] == ([] if pooling else prompt(length)[1:])
         assert (output.embedding is None) == (pooling is None)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_steps_given_up_between_layers_for_who_came_change_no_bit(directory: Path, layer: int) -> None:
+    """One key floods; others ask, at every third step or so, when it has come to `layer`."""
+    core = model_core(load_model(directory), 1024, max_sequences=8, token_budget=200, chunk_tokens=64)
+    layers = load_model(directory).config.num_hidden_layers
+    outputs = {request.request_id: Output() for request in others(40)}
+    for request in others(40):
+        core.add(replace(request, fairness_key="flood"))
+    coming = [replace(ask(length), fairness_key=f"quiet-{length}") for length in LENGTHS]
+    outputs |= {request.request_id: Output() for request in coming}
+    moments = itertools.cycle([False] * (2 * layers + layer - 1) + [True] + [False] * (layers - layer))
+
+    def poll() -> None:
+        if next(moments) and coming:
+            core.add(coming.pop())
+
+    while core.has_work or coming:
+        for emission in core.step(poll):
+            take(outputs[emission.request_id], emission.delta)
+        assert core.check_integrity() == ()
+    assert core.metrics().interrupted_steps >= 5
+    assert_as_alone(directory, outputs)
 
 
 def test_preemption_with_an_evicted_cache_changes_no_bit(directory: Path) -> None:

@@ -7,7 +7,8 @@ whatever was shared, evicted, preempted or aborted, every token is the one the r
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from hypothesis import assume, settings
@@ -154,6 +155,35 @@ def root_of(sequence: Sequence) -> tuple[bytes, str | None]:
     return sequence.request.cache_salt, sequence.request.adapter
 
 
+@dataclass(frozen=True)
+class Asked:
+    stem: int
+    length: int
+    max_tokens: int
+    salt: bytes
+    seed: int
+    forced: bool
+    key: str
+    read: Pooling | int | None
+    priority: int
+    adapter: str | None
+
+
+ASKED = st.builds(
+    Asked,
+    stem=st.integers(0, 1),
+    length=st.sampled_from([1, 15, 16, 17, 33, 48, 49, 100]),
+    max_tokens=st.sampled_from([1, 2, 16, 40, 60]),
+    salt=st.sampled_from(SALTS),
+    seed=st.integers(0, 1),
+    forced=st.sampled_from([False, False, True]),
+    key=st.sampled_from("abc"),
+    read=st.sampled_from([None, None, None, 2, *Pooling]),
+    priority=st.sampled_from([0, 0, -1]),
+    adapter=st.sampled_from([None, None, *ADAPTERS]),
+)
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(chunk=st.sampled_from([7, 16, 40]), trials=st.sampled_from([0, 4, 24]))
     def start(self, chunk: int, trials: int) -> None:
@@ -168,34 +198,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.computed: set[tuple[bytes, str | None, tuple[int, ...]]] = set()  # every full block ever filled
         self.added = 0
 
-    @rule(
-        stem=st.integers(0, 1),
-        length=st.sampled_from([1, 15, 16, 17, 33, 48, 49, 100]),
-        max_tokens=st.sampled_from([1, 2, 16, 40, 60]),
-        salt=st.sampled_from(SALTS),
-        seed=st.integers(0, 1),
-        forced=st.sampled_from([False, False, True]),
-        key=st.sampled_from("abc"),
-        read=st.sampled_from([None, None, None, 2, *Pooling]),
-        priority=st.sampled_from([0, 0, -1]),
-        adapter=st.sampled_from([None, None, *ADAPTERS]),
-    )
-    def add(
-        self,
-        stem: int,
-        length: int,
-        max_tokens: int,
-        salt: bytes,
-        seed: int,
-        forced: bool,
-        key: str,
-        read: Pooling | int | None,
-        priority: int,
-        adapter: str | None,
-    ) -> None:
-        request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=salt, seed=seed)
+    @rule(request=ASKED)
+    def add(self, request: Asked) -> None:
+        self.ask(request)
+
+    def ask(self, asked: Asked) -> None:
+        stem, length, max_tokens, seed, adapter = asked.stem, asked.length, asked.max_tokens, asked.seed, asked.adapter
+        forced, read, key = asked.forced, asked.read, asked.key
+        request = make_request(str(self.added), prompt_of(stem, length), max_tokens, salt=asked.salt, seed=seed)
         weight = 1 + "abc".index(key)
-        request = replace(request, fairness_key=key, priority=priority, weight=weight, adapter=adapter)
+        request = replace(request, fairness_key=key, priority=asked.priority, weight=weight, adapter=adapter)
         if isinstance(read, Pooling):
             request, forced = replace(request, pooling=read), False
         elif read is not None:
@@ -227,9 +239,16 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.step_once()
 
-    def step_once(self) -> None:
+    @precondition(lambda self: self.outputs)
+    @rule(request=ASKED)
+    def step_while_another_comes(self, request: Asked) -> None:
+        coming = iter([request])
+        self.step_once(lambda: next((self.ask(one) for one in coming), None))
+        self.step_once()
+
+    def step_once(self, poll: Callable[[], None] = lambda: None) -> None:
         watched = list(self.core.scheduler.sequences)
-        emissions = self.core.step()
+        emissions = self.core.step(poll)
         for sequence in self.core.scheduler.admitted:
             self.check_hits(sequence)
         for sequence in watched:

@@ -9,7 +9,7 @@ from typing import Any
 from engine.core import EngineCore
 from engine.dialect import Dialect
 from engine.grammar import Grammars
-from engine.plan import StepPlan, StepResult
+from engine.plan import Interrupted, StepPlan, StepResult, never
 from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, RuntimeTimes
 from tests.support.byte_tokenizer import ByteTokenizer
@@ -30,12 +30,12 @@ class GatedRunner(PagedRunner):
         self.entered = threading.Event()  # a step stands at the gate, or has passed it
         self.failure: BaseException | None = None
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, interrupted: Interrupted = never) -> StepResult:
         self.entered.set()
         assert self.steps < self.free or self.gate.wait(30)
         if self.failure is not None:
             raise self.failure
-        return super().run(plan)
+        return super().run(plan, interrupted)
 
 
 def make_runtime(

@@ -14,7 +14,18 @@ from dataclasses import fields
 
 import numpy as np
 
-from engine.plan import BLOCK_SIZE, Draw, Reading, RowPlan, Score, StepPlan, StepResult
+from engine.plan import (
+    BLOCK_SIZE,
+    Draw,
+    Interrupted,
+    Reading,
+    RowPlan,
+    Score,
+    StepInterrupted,
+    StepPlan,
+    StepResult,
+    never,
+)
 from engine.pooling import pool
 from engine.request import TokenLogprob
 
@@ -35,13 +46,15 @@ class PagedRunner:
         # Poisoned: a slot read before it was written gives another output.
         self._slots = np.random.default_rng(1).integers(0, _MASK, (block_count, BLOCK_SIZE), dtype=np.uint64)
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: StepPlan, interrupted: Interrupted = never) -> StepResult:
         self.latest = plan
         self.steps += 1
         assert plan.rows
         assert self._max_rows is None or len(plan.rows) <= self._max_rows
         for row in plan.rows:
             self._write(row)
+        if interrupted():  # as late as can be: everything is stored
+            raise StepInterrupted
         sampled = tuple(tuple(self._sample(row, draw) for draw in row.draws) for row in plan.rows)
         return StepResult(sampled, tuple(map(self._read, plan.rows)))
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.core import EngineCore
-from engine.plan import StepPlan, StepResult
+from engine.plan import Interrupted, StepPlan, StepResult, never
 from engine.request import ContextTooLong, EngineOverloaded, FinishReason, RequestRefused
 from tests.support.engine_core import Ticks, make_core, make_prompt, make_request, run_all
 from tests.support.paged_runner import PagedRunner
@@ -138,7 +138,7 @@ def test_stats_tell_queue_cache_and_preemption() -> None:
 
 def test_what_the_runner_raises_comes_through() -> None:
     class BrokenRunner(PagedRunner):
-        def run(self, plan: StepPlan) -> StepResult:
+        def run(self, plan: StepPlan, interrupted: Interrupted = never) -> StepResult:
             raise FloatingPointError
 
     core = make_core(runner=BrokenRunner(8))

@@ -459,3 +459,26 @@ async def test_what_was_cached_under_a_salt_is_forgotten_by_the_next_step(closin
         output = await collect(engine, make_request("r", prompt, 2, salt=salt))
         assert output.stats is not None
         assert output.stats.cached_tokens == cached
+
+
+async def test_who_comes_during_a_step_of_another_s_flood_is_served_before_it_and_aborts_wait_for_its_end(
+    closing: Closing,
+) -> None:
+    engine, runner, core = gated(closing, max_sequences=4)
+    flood = [replace(make_request(f"flood-{n}", make_prompt(9, n), 400), fairness_key="flood") for n in range(6)]
+    streams = [asyncio.create_task(collect(engine, request)) for request in flood]
+    await until(lambda: core.scheduler.running == 4)
+    runner.gate.clear()
+    runner.entered.clear()
+    await until(runner.entered.is_set)
+    quiet = asyncio.create_task(collect(engine, replace(make_request("quiet", make_prompt(9, 9), 5), fairness_key="q")))
+    await until(lambda: engine.health().waiting + engine.health().running == 7)
+    engine.abort("flood-0")
+    runner.gate.set()
+    assert (await quiet).tokens == run_all(make_core(), [make_request("quiet", make_prompt(9, 9), 5)])["quiet"].tokens
+    outputs = [await stream for stream in streams]
+    assert outputs[0].finish_reason is FinishReason.ABORT
+    expected = run_all(make_core(), flood)
+    assert [output.tokens for output in outputs[1:]] == [expected[f"flood-{n}"].tokens for n in range(1, 6)]
+    assert engine.metrics().interrupted_steps == 1
+    await until(lambda: idle_and_sound(engine, core))

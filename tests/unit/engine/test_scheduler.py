@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from engine.blocks import BlockPool, Defect
@@ -221,6 +223,40 @@ def test_planning_twice_without_a_commit_is_our_error_unless_the_plan_is_dropped
         scheduler.plan()
     scheduler.drop_plan()
     assert shape(step(scheduler)) == [(0, 5, True)]
+
+
+def flooded(sequences: int = 4) -> Scheduler:
+    """A scheduler whose places are all one key's, decoding."""
+    scheduler = make_scheduler(blocks=64, max_sequences=sequences)
+    for number in range(sequences + 2):
+        scheduler.add(replace(request(number, 5, max_tokens=30), fairness_key="flood"))
+    step(scheduler)
+    step(scheduler)
+    return scheduler
+
+
+def test_a_step_of_who_has_more_than_a_share_gives_way_to_who_comes_and_the_next_one_is_carried_out() -> None:
+    scheduler = flooded()
+    scheduler.plan()
+    assert not scheduler.gives_way
+    scheduler.add(replace(request(10, 20, max_tokens=3), fairness_key="quiet"))
+    assert scheduler.gives_way
+    scheduler.drop_plan()
+    assert shape(scheduler.plan()) == [(0, 20, True)]  # the newcomer's prompt alone
+    scheduler.add(replace(request(11, 20, max_tokens=3), fairness_key="another"))
+    assert not scheduler.gives_way  # twice in a row would be for ever
+
+
+def test_a_step_gives_way_neither_to_its_own_key_nor_where_nobody_has_too_much() -> None:
+    scheduler = flooded()
+    scheduler.plan()
+    scheduler.add(replace(request(10, 20), fairness_key="flood"))
+    assert not scheduler.gives_way
+    alone = make_scheduler(blocks=64, max_sequences=8)
+    alone.add(replace(request(0, 5, max_tokens=30), fairness_key="first"))
+    alone.plan()
+    alone.add(replace(request(1, 5), fairness_key="second"))
+    assert not alone.gives_way  # one of eight places is no more than a share
 
 
 def test_unfilled_slots_are_those_after_the_last_computed_token() -> None:
