@@ -1,14 +1,21 @@
 """Rotary positions, and keys and values stored into their slots of the paged cache.
 
-Numeric contract: elementwise in float32, rounded once; a token's bits depend on it and its position alone.
+Numeric contract: elementwise in float32, rounded once; a token's bits depend on it and its position alone. On a GPU the
+norm of each head's query and key (Qwen3), the rotation and the store are one launch, `rope_store`: a program takes one
+token and eight heads, and rounds wherever the functions one after another would.
 Source: Su et al., 2021 (RoPE, in the half-rotated layout of Hugging Face); Kwon et al., 2023 (slots).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from kernels.jit import INTERPRETED, Pointer, jit, narrow, tl
+from kernels.launch import device_of, launch_for, power_of_two
+from kernels.rms_norm import rms_norm
 from kernels.shape import ShapeError, check_shape
 
 
@@ -51,6 +58,153 @@ def store_kv(
         raise ShapeError(f"`key_cache` {list(key_cache.shape)} does not hold heads {list(key.shape[1:])}")
     key_cache.view(-1, *key.shape[1:])[slots] = key
     value_cache.view(-1, *value.shape[1:])[slots] = value
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """The norm of every query's and key's head."""
+
+    query: Tensor  # [D]
+    key: Tensor  # [D]
+    epsilon: float
+
+
+def rope_store(
+    qkv: Tensor,  # [T, (H + 2G) · D]  the heads of the query, of the key, of the value
+    norm: HeadNorm | None,
+    cos: Tensor,  # [L, D/2] float32, of every position
+    sin: Tensor,  # [L, D/2] float32
+    positions: Tensor,  # [T] int64, < L
+    slots: Tensor,  # [T] int64  block · P + offset; no slot twice
+    key_cache: Tensor,  # [N, P, G, D]  changed in place
+    value_cache: Tensor,  # [N, P, G, D]
+) -> Tensor:  # [T, H, D]
+    """Return the query, normed and rotated; the key, treated alike, and the value go into their slots.
+
+    Raises:
+        ShapeError: the shapes disagree.
+
+    Cost: one pass over `qkv`; bound by memory bandwidth.
+    """
+    tokens, (groups, size) = qkv.shape[0], key_cache.shape[2:]
+    heads = qkv.shape[1] // size - 2 * groups
+    if heads < 1 or qkv.shape[1] % size or size % 2:
+        raise ShapeError(f"`qkv` {list(qkv.shape)} does not hold a query, key and value for {groups} heads of {size}")
+    for name, tensor in (("positions", positions), ("slots", slots)):
+        check_shape(name, tensor, tokens)
+    check_shape("value_cache", value_cache, *key_cache.shape)
+    check_shape("cos", cos, cos.shape[0], size // 2)
+    check_shape("sin", sin, *cos.shape)
+    if norm is not None:
+        check_shape("norm.query", norm.query, size)
+        check_shape("norm.key", norm.key, size)
+    if qkv.is_cuda:
+        return rope_store_triton(qkv, norm, cos, sin, positions, slots, key_cache, value_cache)
+    query, key, value = qkv.view(tokens, -1, size).split([heads, groups, groups], dim=1)
+    if norm is not None:
+        query, key = rms_norm(query, norm.query, norm.epsilon), rms_norm(key, norm.key, norm.epsilon)
+    cos, sin = cos[positions], sin[positions]
+    store_kv(rope(key, cos, sin), value, key_cache, value_cache, slots)
+    return rope(query, cos, sin)
+
+
+def rope_store_triton(
+    qkv: Tensor,
+    norm: HeadNorm | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+) -> Tensor:
+    """Return `rope_store` by the kernel. The caches are contiguous."""
+    tokens, (groups, size) = qkv.shape[0], key_cache.shape[2:]
+    heads = qkv.shape[1] // size - 2 * groups
+    query = qkv.new_empty(tokens, heads, size)
+    launch = launch_for("rope_store", size, device_of(qkv))
+    _rope_store_kernel[(tokens, -(-(heads + 2 * groups) // launch.block_m))](
+        qkv.contiguous(),
+        None if norm is None else norm.query,
+        None if norm is None else norm.key,
+        0.0 if norm is None else norm.epsilon,
+        cos,
+        sin,
+        positions,
+        slots,
+        query,
+        key_cache,
+        value_cache,
+        HEADS=heads,
+        GROUPS=groups,
+        HALF=size // 2,
+        BLOCK=power_of_two(size // 2),
+        ROWS=launch.block_m,
+        PLAIN=INTERPRETED,
+        **launch.options,
+    )
+    return query
+
+
+@jit
+def _rope_store_kernel(
+    qkv: Pointer,  # [tokens, (HEADS + 2 · GROUPS) · 2 · HALF]
+    query_norm: Pointer,  # [2 · HALF], or None
+    key_norm: Pointer,  # [2 · HALF], or None
+    epsilon: float,
+    cos: Pointer,  # [L, HALF] float32
+    sin: Pointer,  # [L, HALF] float32
+    positions: Pointer,  # [tokens]
+    slots: Pointer,  # [tokens]
+    query: Pointer,  # [tokens, HEADS, 2 · HALF]
+    key_cache: Pointer,  # [slots, GROUPS, 2 · HALF]
+    value_cache: Pointer,  # [slots, GROUPS, 2 · HALF]
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLAIN: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]  # the heads of query, key, value, counted on
+    pair = tl.arange(0, BLOCK)[None, :]  # (pair, pair + HALF) are turned together
+    inside = (head < HEADS + 2 * GROUPS) & (pair < HALF)
+    of_query, of_value = head < HEADS, head >= HEADS + GROUPS
+    dtype: tl.constexpr = query.dtype.element_ty
+
+    read = qkv + (token * (HEADS + 2 * GROUPS) + head) * 2 * HALF + pair
+    first = tl.load(read, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(read + HALF, mask=inside, other=0.0).to(tl.float32)
+    value_first, value_second = first, second
+    if query_norm is not None:
+        squares = tl.sum(first * first + second * second, axis=1)
+        scale = tl.rsqrt(squares / (2 * HALF) + epsilon)[:, None]
+        weight = tl.where(of_query, query_norm + pair, key_norm + pair)
+        weight_first = tl.load(weight, mask=inside, other=0.0).to(tl.float32)
+        weight_second = tl.load(weight + HALF, mask=inside, other=0.0).to(tl.float32)
+        first = narrow(first * scale, dtype, PLAIN).to(tl.float32) * weight_first
+        second = narrow(second * scale, dtype, PLAIN).to(tl.float32) * weight_second
+        first = narrow(first, dtype, PLAIN).to(tl.float32)
+        second = narrow(second, dtype, PLAIN).to(tl.float32)
+
+    angle = tl.load(positions + token).to(tl.int64) * HALF + pair
+    cosine = tl.load(cos + angle, mask=pair < HALF, other=0.0)
+    sine = tl.load(sin + angle, mask=pair < HALF, other=0.0)
+    turned_first = narrow(first * cosine - second * sine, dtype, PLAIN)
+    turned_second = narrow(second * cosine + first * sine, dtype, PLAIN)
+
+    write = query + (token * HEADS + head) * 2 * HALF + pair
+    tl.store(write, turned_first, mask=inside & of_query)
+    tl.store(write + HALF, turned_second, mask=inside & of_query)
+    slot = tl.load(slots + token).to(tl.int64)
+    write = key_cache + (slot * GROUPS + head - HEADS) * 2 * HALF + pair
+    of_key = inside & (head >= HEADS) & (head < HEADS + GROUPS)
+    tl.store(write, turned_first, mask=of_key)
+    tl.store(write + HALF, turned_second, mask=of_key)
+    write = value_cache + (slot * GROUPS + head - HEADS - GROUPS) * 2 * HALF + pair
+    tl.store(write, narrow(value_first, dtype, PLAIN), mask=inside & of_value)
+    tl.store(write + HALF, narrow(value_second, dtype, PLAIN), mask=inside & of_value)
 
 
 def rope_reference(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
