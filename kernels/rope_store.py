@@ -100,7 +100,7 @@ def rope_store(
         check_shape("norm.key", norm.key, size)
     if qkv.is_cuda:
         return rope_store_triton(qkv, norm, cos, sin, positions, slots, key_cache, value_cache)
-    query, key, value = qkv.view(tokens, -1, size).split([heads, groups, groups], dim=1)
+    query, key, value = torch.split(qkv.view(tokens, -1, size), [heads, groups, groups], dim=1)
     if norm is not None:
         query, key = rms_norm(query, norm.query, norm.epsilon), rms_norm(key, norm.key, norm.epsilon)
     cos, sin = cos[positions], sin[positions]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
-from kernels.rope_store import rope, rope_reference, store_kv
+from kernels.rope_store import HeadNorm, rope, rope_reference, rope_store, store_kv
 from kernels.shape import ShapeError
 from kernels.silu_mul import silu_mul, silu_mul_reference
 
@@ -82,9 +82,26 @@ def test_what_is_stored_lies_in_its_slot_and_nowhere_else() -> None:
         assert int((flat != 0).any(-1).any(-1).sum()) == 3
 
 
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+def test_rope_store_is_its_parts_one_after_another(normed: bool) -> None:
+    qkv, weights = draw(3, 8 * 10), (draw(10), draw(10) + 1)
+    cos, sin, _ = angles(torch.arange(9), 10)
+    positions, slots = torch.tensor([8, 0, 5]), torch.tensor([17, 63, 0])
+    whole, parts = ([torch.zeros(4, 16, 2, 10).bfloat16() for _ in "kv"] for _ in range(2))
+    out = rope_store(qkv, HeadNorm(*weights, 1e-6) if normed else None, cos, sin, positions, slots, *whole)
+    query, key, value = torch.split(qkv.view(3, 8, 10), [4, 2, 2], dim=1)
+    if normed:
+        query, key = rms_norm(query, weights[0], 1e-6), rms_norm(key, weights[1], 1e-6)
+    store_kv(rope(key, cos[positions], sin[positions]), value, *parts, slots)
+    assert torch.equal(out, rope(query, cos[positions], sin[positions]))
+    assert torch.equal(whole[0], parts[0])
+    assert torch.equal(whole[1], parts[1])
+
+
 def test_disagreeing_arguments_are_refused() -> None:
     x, cache = draw(3, 2, 8), torch.zeros(4, 16, 2, 8).bfloat16()
-    cos = torch.zeros(3, 4)
+    cos, at = torch.zeros(3, 4), torch.arange(3)
+    norm = HeadNorm(draw(8), draw(7), 1e-6)
     refused: list[tuple[str, Callable[[], object]]] = [
         ("weight", lambda: rms_norm(draw(2, 8), draw(7), 1e-6)),
         ("residual", lambda: add_rms_norm(draw(2, 8), draw(3, 8), draw(8), 1e-6)),
@@ -97,6 +114,14 @@ def test_disagreeing_arguments_are_refused() -> None:
         ("slots", lambda: store_kv(x, x, cache, cache, torch.arange(2))),
         ("value_cache", lambda: store_kv(x, x, cache, cache[1:], torch.arange(3))),
         ("key_cache", lambda: store_kv(x[:, :1], x[:, :1], cache, cache, torch.arange(3))),
+        ("qkv", lambda: rope_store(draw(3, 8 * 4), None, cos, cos, at, at, cache, cache)),
+        ("qkv", lambda: rope_store(draw(3, 8 * 5 + 1), None, cos, cos, at, at, cache, cache)),
+        ("positions", lambda: rope_store(draw(3, 8 * 5), None, cos, cos, at[:2], at, cache, cache)),
+        ("slots", lambda: rope_store(draw(3, 8 * 5), None, cos, cos, at, at[:2], cache, cache)),
+        ("value_cache", lambda: rope_store(draw(3, 8 * 5), None, cos, cos, at, at, cache, cache[1:])),
+        ("cos", lambda: rope_store(draw(3, 8 * 5), None, cos[:, :3], cos, at, at, cache, cache)),
+        ("sin", lambda: rope_store(draw(3, 8 * 5), None, cos, cos[:2], at, at, cache, cache)),
+        ("norm.key", lambda: rope_store(draw(3, 8 * 5), norm, cos, cos, at, at, cache, cache)),
     ]
     for name, call in refused:
         with pytest.raises(ShapeError, match=name):
