@@ -11,7 +11,7 @@ Where there is no Triton, as on systems that are not Linux, the plain versions a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 try:
     import triton
@@ -26,8 +26,11 @@ INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 # Arguments that change from step to step: compiled for no value of theirs, nor for what divides it.
 VARYING = ("rows", "tokens", "sequences", "table_width")
 
-Pointer = Any  # to the first element of a contiguous tensor; the comment gives its shape and dtype
-Block = Any  # a tensor inside a kernel
+if TYPE_CHECKING or triton is None:
+    Pointer = Any  # to the first element of a contiguous tensor; the comment gives its shape and dtype
+    Block = Any  # a tensor inside a kernel
+else:
+    Pointer = Block = tl.tensor  # the compiler looks annotations up and lets pass what is its own
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -1,0 +1,144 @@
+"""What a GPU without a GPU would get: every kernel of the launch table compiled for Hopper, its resources read back.
+
+    python -m tests.support.compile_report          one line each
+    python -m tests.support.compile_report --json   one object each, for example
+
+    {"operation": "rms_norm", "size": 4096, "registers": 40, "stack": 0, "shared": 32, "wgmma": false, "label": "…"}
+
+`registers` are those of a thread, at most 255, and `stack` its bytes of local memory: anything but 0 means that
+registers spilled. `shared` is the bytes of a program, at most 232,448. Needs no driver: the assembler comes with
+Triton. Not for a process with TRITON_INTERPRET, where nothing is compiled. A case says how an operation's launcher
+would call its kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.jit import INTERPRETED
+from kernels.launch import Launch, launch_for, power_of_two
+from kernels.rms_norm import _rms_norm_kernel
+from kernels.rope_store import _rope_store_kernel
+from kernels.silu_mul import _silu_mul_kernel
+
+HOPPER = GPUTarget("cuda", 90, 32)
+DEVICE = "sm_90"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    operation: str  # as in the launch table
+    size: int  # likewise
+    label: str
+    kernel: Any
+    types: Mapping[str, str]  # `*bf16` … of each argument that is neither a constant nor None
+    constants: Mapping[str, Any]
+
+    @property
+    def launch(self) -> Launch:
+        return launch_for(self.operation, self.size, DEVICE)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    operation: str
+    size: int
+    label: str
+    registers: int
+    stack: int
+    shared: int
+    wgmma: bool
+
+
+def cases() -> Iterator[Case]:
+    yield from _norms()
+    yield from _ropes()
+    yield from _gates()
+
+
+def _norms() -> Iterator[Case]:
+    for width in (896, 1024, 4096, 8192, 32768):
+        for dtype in ("*bf16", "*fp16"):
+            types = dict.fromkeys(("x", "weight", "out"), dtype) | {"epsilon": "fp32"}
+            constants = {"WIDTH": width, "BLOCK": power_of_two(width), "PLAIN": False}
+            yield Case("rms_norm", width, f"{width} {dtype}", _rms_norm_kernel, types, constants)
+            types = types | {"residual": dtype, "added": dtype}
+            yield Case("rms_norm", width, f"{width} {dtype} residual", _rms_norm_kernel, types, constants)
+
+
+def _ropes() -> Iterator[Case]:
+    for size in (64, 80, 96, 128, 256):
+        types = dict.fromkeys(("qkv", "query", "key_cache", "value_cache"), "*bf16")
+        types |= {"epsilon": "fp32", "cos": "*fp32", "sin": "*fp32", "positions": "*i64", "slots": "*i64"}
+        constants = {"HEADS": 32, "GROUPS": 8, "HALF": size // 2, "BLOCK": power_of_two(size // 2), "PLAIN": False}
+        constants["ROWS"] = launch_for("rope_store", size, DEVICE).block_m
+        yield Case("rope_store", size, f"{size}", _rope_store_kernel, types, constants)
+        types = types | {"query_norm": "*bf16", "key_norm": "*bf16"}
+        yield Case("rope_store", size, f"{size} normed", _rope_store_kernel, types, constants)
+
+
+def _gates() -> Iterator[Case]:
+    for width in (3072, 12288):
+        types = dict.fromkeys(("gate_up", "out"), "*bf16")
+        constants = {"WIDTH": width, "BLOCK": launch_for("silu_mul", width, DEVICE).block_n, "PLAIN": False}
+        yield Case("silu_mul", width, f"{width}", _silu_mul_kernel, types, constants)
+
+
+def compile_case(case: Case) -> Resources:
+    """Compile one case as its launcher would have it compiled. Pointers are taken to be aligned to 16 bytes."""
+    names = case.kernel.arg_names
+    given = {**dict.fromkeys(names), **case.constants}
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: case.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in given.items() if name not in case.types},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]] for name, type_ in case.types.items() if type_[0] == "*"
+        },
+    )
+    compiled = triton.compile(source, target=HOPPER, options=case.launch.options)
+    registers, stack = _usage(compiled.asm["cubin"])
+    wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+    return Resources(case.operation, case.size, case.label, registers, stack, compiled.metadata.shared, wgmma)
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Return the registers of a thread, and its bytes of stack and local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        said = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    found = {name: int(re.search(rf"\b{name}:(\d+)", said)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def main(arguments: list[str]) -> None:
+    if INTERPRETED:
+        raise SystemExit("unset `TRITON_INTERPRET`: the interpreter compiles nothing")
+    for case in cases():
+        used = compile_case(case)
+        if "--json" in arguments:
+            print(json.dumps(asdict(used)), flush=True)
+        else:
+            spills = "no spills" if used.stack == 0 else f"{used.stack} bytes spilled"
+            kind = ", wgmma" if used.wgmma else ""
+            figures = f"{used.registers:3} registers, {spills}, {used.shared:6} bytes shared{kind}"
+            print(f"{used.operation:18} {used.label:28} {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

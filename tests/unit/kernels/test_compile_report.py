@@ -1,0 +1,42 @@
+"""What compiling for Hopper can prove without one: no kernel of the launch table spills, prefill reaches wgmma."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton on this system")
+
+from kernels.launch import TABLE, Entry
+
+ROOT = Path(__file__).parents[3]
+MOST_SHARED = 232_448  # bytes of one program on sm_90
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The report of a process of its own: this one may have been told to interpret."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("cache")), "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "tests.support.compile_report", "--json"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def test_no_kernel_spills_or_takes_more_than_there_is(report: list[dict[str, Any]]) -> None:
+    assert [used for used in report if used["stack"] or used["shared"] > MOST_SHARED] == []
+
+
+def test_every_entry_of_the_table_that_has_a_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
+    def chosen(used: dict[str, Any]) -> Entry:
+        return next(e for e in TABLE if e.operation == used["operation"] and used["size"] <= e.at_most)
+
+    compiled = {chosen(used) for used in report}
+    assert [e for e in TABLE if find_spec(f"kernels.{e.operation}") and e not in compiled] == []
