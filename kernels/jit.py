@@ -50,7 +50,11 @@ def narrow(x: Block, dtype: tl.constexpr, PLAIN: tl.constexpr) -> Block:
 
 @jit
 def product(left: Block, right: Block, add: Block, PLAIN: tl.constexpr) -> Block:
-    """Return left·right + add in float32. Both hold bfloat16 or float16; `PLAIN` where the interpreter walks."""
+    """Return left·right + add in float32. Both hold bfloat16 or float16; `PLAIN` where the interpreter walks.
+
+    It walks in float64 and rounds: numpy's order in float32 may follow the height of a tile, which is not ours.
+    """
     if PLAIN:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), add, input_precision="ieee")
+        wide = tl.dot(left.to(tl.float64), right.to(tl.float64), add.to(tl.float64), out_dtype=tl.float64)
+        return wide.to(tl.float32)
     return tl.dot(left, right, add)

@@ -45,11 +45,10 @@ TABLE = (
     Entry("rms_norm", ANY, 32768, Launch(warps=16, stages=1)),
     Entry("silu_mul", ANY, 1 << 30, Launch(warps=4, stages=1, block_n=1024)),  # elements of a row's half
     Entry("rope_store", ANY, 256, Launch(warps=4, stages=1, block_m=8)),  # elements of a head
-    Entry("decode_attention", ANY, 128, Launch(warps=4, stages=3, block_m=16, block_n=64)),  # elements of a head
-    Entry("decode_attention", ANY, 256, Launch(warps=4, stages=2, block_m=16, block_n=64)),
-    Entry("prefill_attention", ANY, 64, Launch(warps=8, stages=3, block_m=128, block_n=64)),  # elements of a head
-    Entry("prefill_attention", ANY, 128, Launch(warps=8, stages=3, block_m=128, block_n=64)),
-    Entry("prefill_attention", ANY, 256, Launch(warps=8, stages=2, block_m=64, block_n=64)),
+    Entry("decode_attention", ANY, 128, Launch(warps=4, stages=3, block_m=16)),  # elements of a head
+    Entry("decode_attention", ANY, 256, Launch(warps=4, stages=2, block_m=16)),
+    Entry("merge_attention", ANY, 256, Launch(warps=4, stages=1)),  # elements of a head
+    Entry("prefill_attention", ANY, 256, Launch(warps=8, stages=3, block_m=128, block_n=128)),  # elements of a head
     Entry("gemm", ANY, 16, Launch(warps=4, stages=5, block_m=16, block_n=32, block_k=128)),  # rows
     Entry("gemm", ANY, 32, Launch(warps=4, stages=4, block_m=32, block_n=64, block_k=128)),
     Entry("gemm", ANY, 64, Launch(warps=4, stages=4, block_m=64, block_n=64, block_k=128)),

@@ -7,11 +7,21 @@ neither, every test is skipped by name. tests/unit/kernels/test_interpreted.py w
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from kernels.jit import INTERPRETED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poison_what_nobody_wrote() -> Iterator[None]:
+    """Fill every tensor that torch allocates with NaN: an output or a state that was not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,24 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.attention_state import SEGMENT, TILE
+from kernels.decode_attention import _decode_kernel, _merge_kernel
 from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
+from kernels.prefill_attention import _prefill_kernel
 from kernels.rms_norm import _rms_norm_kernel
 from kernels.rope_store import _rope_store_kernel
 from kernels.silu_mul import _silu_mul_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 DEVICE = "sm_90"
+ATTENTION = {
+    "decode_attention": _decode_kernel,
+    "merge_attention": _merge_kernel,
+    "prefill_attention": _prefill_kernel,
+}
+VARIANT_TYPES = {"window": "i32", "soft_cap": "fp32", "sinks": "*fp32"}
+VARIANTS = ((), ("soft_cap",), ("window", "sinks"), tuple(VARIANT_TYPES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +78,7 @@ def cases() -> Iterator[Case]:
     yield from _norms()
     yield from _ropes()
     yield from _gates()
+    yield from _attentions()
 
 
 def _norms() -> Iterator[Case]:
@@ -95,6 +107,30 @@ def _gates() -> Iterator[Case]:
         types = dict.fromkeys(("gate_up", "out"), "*bf16")
         constants = {"WIDTH": width, "BLOCK": launch_for("silu_mul", width, DEVICE).block_n, "PLAIN": False}
         yield Case("silu_mul", width, f"{width}", _silu_mul_kernel, types, constants)
+
+
+def _attentions() -> Iterator[Case]:
+    layouts = ((64, 7, "*bf16"), (80, 1, "*bf16"), (96, 3, "*fp16"), (128, 4, "*bf16"), (256, 2, "*bf16"))
+    for (size, ratio, dtype), operation in product(layouts, ATTENTION):
+        launch = launch_for(operation, size, DEVICE)
+        constants = {"GROUPS": 8, "RATIO": ratio, "SIZE": size, "BLOCK_D": power_of_two(size), "SEGMENT": SEGMENT}
+        constants |= {"PAGE": 16, "TILE": TILE, "PLAIN": False, "BLOCK_R": power_of_two(ratio, least=1)}
+        constants |= {"BLOCK_M": launch.block_m, "BLOCK_V": min(power_of_two(size), launch.block_n)}
+        types = dict.fromkeys(("query", "key_cache", "value_cache", "out"), dtype)
+        types |= dict.fromkeys(("block_table", "starts", "context_len"), "*i32") | {"states": "*fp32", "scale": "fp32"}
+        types |= dict.fromkeys(("sequences", "table_width", "segments"), "i32")
+        for names in VARIANTS:
+            given = types | {name: VARIANT_TYPES[name] for name in names}
+            label = " ".join((f"{size} × {ratio} {dtype}", *names))
+            yield _case(operation, size, label, ATTENTION[operation], given, constants)
+
+
+def _case(
+    operation: str, size: int, label: str, kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]
+) -> Case:
+    """Return a case of the arguments that `kernel` has."""
+    of_kernel = [{name: given[name] for name in kernel.arg_names if name in given} for given in (types, constants)]
+    return Case(operation, size, label, kernel, *of_kernel)
 
 
 def compile_case(case: Case) -> Resources:

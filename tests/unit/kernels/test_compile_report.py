@@ -34,6 +34,12 @@ def test_no_kernel_spills_or_takes_more_than_there_is(report: list[dict[str, Any
     assert [used for used in report if used["stack"] or used["shared"] > MOST_SHARED] == []
 
 
+def test_prefill_reaches_the_matrix_units_of_a_warp_group(report: list[dict[str, Any]]) -> None:
+    prefill = [used for used in report if used["operation"] == "prefill_attention"]
+    assert len(prefill) > 5
+    assert [used for used in prefill if not used["wgmma"]] == []
+
+
 def test_every_entry_of_the_table_that_has_a_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
     def chosen(used: dict[str, Any]) -> Entry:
         return next(e for e in TABLE if e.operation == used["operation"] and used["size"] <= e.at_most)

@@ -1,0 +1,152 @@
+"""Decode and prefill by their kernels: each equals float64, and both are one and the same in bits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from kernels.attention_state import AttentionVariant
+from kernels.jit import INTERPRETED
+from tests.support.paged_world import PagedWorld
+
+BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
+TOLERANCE = {BFLOAT16: 0.02, FLOAT16: 0.003}
+LENGTHS = [1, 17, 63, 65, 257, 300]
+LAYOUTS = [  # heads, groups, size of a head
+    ((4, 2, 64), BFLOAT16),
+    ((3, 3, 80), FLOAT16),
+    ((7, 1, 96), BFLOAT16),
+    ((8, 2, 128), BFLOAT16),
+    ((5, 1, 128), FLOAT16),
+    ((16, 1, 256), BFLOAT16),
+    ((3, 1, 10), BFLOAT16),
+]
+VARIANTS = {
+    "window of one": AttentionVariant(window=1),
+    "window in a tile": AttentionVariant(window=37),
+    "window of a tile": AttentionVariant(window=64),
+    "window over segments": AttentionVariant(window=290),
+    "cap": AttentionVariant(soft_cap=1.5),
+    "window and cap": AttentionVariant(window=100, soft_cap=30.0),
+}
+Layout = tuple[int, int, int]
+
+
+def close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(out, expected, atol=TOLERANCE[out.dtype], rtol=TOLERANCE[out.dtype])
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+def test_decode_equals_the_reference_among_poison(
+    layout: Layout, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    world = PagedWorld(LENGTHS, layout, dtype, device, generator)
+    out = world.decode([(index, length - 1) for index, length in enumerate(LENGTHS)])
+    close(out, world.reference([(index, length - 1, length) for index, length in enumerate(LENGTHS)]))
+
+
+@pytest.mark.parametrize(("layout", "dtype"), LAYOUTS, ids=str)
+def test_prefill_equals_the_reference_among_poison(
+    layout: Layout, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    world = PagedWorld(LENGTHS, layout, dtype, device, generator)
+    pieces = [(0, 0, 1), (1, 3, 17), (2, 0, 0), (3, 60, 65), (4, 100, 257), (5, 299, 300), (2, 0, 63)]
+    close(world.prefill(pieces), world.reference(pieces))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_windows_and_caps_equal_the_reference_and_each_other(
+    name: str, device: torch.device, generator: torch.Generator
+) -> None:
+    world = PagedWorld(LENGTHS, (4, 2, 64), BFLOAT16, device, generator, VARIANTS[name])
+    pieces = [(0, 0, 1), (3, 0, 65), (5, 270, 300)]
+    whole = world.prefill(pieces)
+    close(whole, world.reference(pieces))
+    alone = world.decode([(0, 0), (3, 63), (3, 64), (5, 270), (5, 299)])
+    assert torch.equal(alone, whole[[0, 64, 65, 66, 95]])
+
+
+@pytest.mark.parametrize("window", [None, 40, 270])
+def test_sinks_equal_the_reference_and_one_that_is_huge_leaves_nothing(
+    window: int | None, device: torch.device, generator: torch.Generator
+) -> None:
+    sinks = torch.randn(6, generator=generator).mul(2).to(device)
+    sinks[1], sinks[2] = 1e4, -torch.inf
+    world = PagedWorld(LENGTHS, (6, 2, 64), BFLOAT16, device, generator, AttentionVariant(window=window, sinks=sinks))
+    pieces = [(1, 0, 17), (5, 280, 300)]
+    whole = world.prefill(pieces)
+    close(whole, world.reference(pieces))
+    assert (whole[:, 1] == 0).all()
+    assert torch.equal(world.decode([(1, 16), (5, 280), (5, 299)]), whole[[16, 17, 36]])
+
+
+@pytest.mark.parametrize("layout", [(4, 2, 64), (3, 1, 80), (16, 1, 128), (2, 1, 256)], ids=str)
+def test_prefill_equals_decode_equals_chunks_in_bits(
+    layout: Layout, device: torch.device, generator: torch.Generator
+) -> None:
+    length = 521 if INTERPRETED else 4133
+    world = PagedWorld([length, 70], layout, BFLOAT16, device, generator)
+    runs = [(0, 20), (250, 262), (505, 521)] if INTERPRETED else [(0, length)]  # a run is enough to look about an edge
+    whole = world.prefill([(0, *run) for run in runs])
+    for chunk in (7,) if INTERPRETED else (7, 100, 256, 511):
+        pieces = [piece for run in runs for piece in itertools.pairwise([*range(*run, chunk), run[1]])]
+        together = world.prefill([(1, 9, 13), *((0, *piece) for piece in pieces)])
+        assert torch.equal(together[4:], whole)
+        if not INTERPRETED:
+            assert torch.equal(torch.cat([world.prefill([(0, *piece)]) for piece in pieces]), whole)
+    asked = [position for run in runs for position in range(*run)]
+    positions = [0, 1, 15, 16, 255, 256, 257, 510, 511, 512, length - 1]
+    expected = whole[[asked.index(position) for position in positions]]
+    assert torch.equal(world.decode([(0, position) for position in positions]), expected)
+    assert torch.equal(world.decode([(1, 69), (0, positions[-1])])[1], expected[-1])
+    assert torch.equal(world.prefill([(0, position, position + 1) for position in positions]), expected)
+
+
+def test_many_sequences_change_no_bit_of_one(device: torch.device, most_rows: int, generator: torch.Generator) -> None:
+    rows = min(most_rows, 257)
+    lengths = [1 + 53 * index % 300 for index in range(rows)]
+    world = PagedWorld(lengths, (4, 2, 64), BFLOAT16, device, generator)
+    together = world.decode([(index, length - 1) for index, length in enumerate(lengths)])
+    mixed = world.prefill([(index, length - 1, length) for index, length in enumerate(lengths)])
+    assert torch.equal(mixed, together)
+    for index in range(0, rows, 5):
+        assert torch.equal(world.decode([(index, lengths[index] - 1)])[0], together[index])
+
+
+def test_what_is_not_a_number_in_one_sequence_stays_there(device: torch.device, generator: torch.Generator) -> None:
+    world = PagedWorld([40, 300, 80], (4, 2, 64), BFLOAT16, device, generator)
+    rows, pieces = [(0, 39), (1, 299), (2, 79)], [(0, 0, 40), (1, 290, 300), (2, 3, 80)]
+    decoded, filled = world.decode(rows), world.prefill(pieces)
+    for cache in (world.keys, world.values):
+        cache[world.table[1, :4].long()] = torch.nan
+    again = world.decode(rows)
+    assert torch.equal(again[[0, 2]], decoded[[0, 2]])
+    assert again[1].isnan().any()
+    again = world.prefill(pieces)
+    assert torch.equal(torch.cat((again[:40], again[50:])), torch.cat((filled[:40], filled[50:])))
+
+
+def test_wider_tables_and_wider_integers_change_no_bit(device: torch.device, generator: torch.Generator) -> None:
+    world = PagedWorld([5, 290], (4, 2, 64), BFLOAT16, device, generator)
+    rows, pieces = [(0, 4), (1, 289)], [(0, 0, 5), (1, 280, 290)]
+    decoded, filled = world.decode(rows), world.prefill(pieces)
+    beyond = world.table[:, -1:].expand(-1, 40)
+    world.table = torch.cat((world.table, beyond), dim=1).long()
+    assert torch.equal(world.decode(rows), decoded)
+    assert torch.equal(world.prefill(pieces), filled)
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish(device: torch.device, generator: torch.Generator) -> None:
+    world = PagedWorld([400], (2, 1, 64), BFLOAT16, device, generator)
+    world.query[0].mul_(200)
+    pieces = [(0, 380, 400)]
+    out = world.prefill(pieces)
+    close(out, world.reference(pieces))
+    assert torch.equal(world.decode([(0, 399)])[0], out[-1])
+
+
+def test_nothing_asked_is_an_empty_answer(device: torch.device, generator: torch.Generator) -> None:
+    world = PagedWorld([5], (2, 1, 64), BFLOAT16, device, generator)
+    assert world.prefill([(0, 2, 2)]).shape == (0, 2, 64)
