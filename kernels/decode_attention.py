@@ -24,7 +24,7 @@ from kernels.attention_state import (
     merge_state,
     segment_state,
 )
-from kernels.jit import INTERPRETED, Pointer, jit, narrow, tl
+from kernels.jit import INTERPRETED, Pointer, Scalar, jit, narrow, tl
 from kernels.launch import device_of, launch_for, power_of_two
 from kernels.shape import check_shape
 
@@ -116,8 +116,8 @@ def _decode_kernel(
     context_len: Pointer,  # [sequences]
     states: Pointer,  # [sequences, GROUPS, segments, RATIO, SIZE + 2] float32: o, m, l
     scale: float,
-    window: int,  # or None
-    soft_cap: float,  # or None
+    window: Scalar,  # int, or None
+    soft_cap: Scalar,  # float, or None
     table_width: int,
     GROUPS: tl.constexpr,
     RATIO: tl.constexpr,
@@ -172,7 +172,7 @@ def _merge_kernel(
     context_len: Pointer,  # [sequences]
     sinks: Pointer,  # [GROUPS, RATIO] float32, or None
     out: Pointer,  # [sequences, GROUPS, RATIO, SIZE]
-    window: int,  # or None
+    window: Scalar,  # int, or None
     segments: int,
     GROUPS: tl.constexpr,
     RATIO: tl.constexpr,

@@ -19,18 +19,19 @@ try:
 except ImportError:
     triton = tl = None
 
-__all__ = ["INTERPRETED", "Block", "Pointer", "jit", "narrow", "product", "tl"]
+__all__ = ["INTERPRETED", "Block", "Pointer", "Scalar", "jit", "narrow", "product", "tl"]
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
 # Arguments that change from step to step: compiled for no value of theirs, nor for what divides it.
-VARYING = ("rows", "tokens", "sequences", "table_width")
+VARYING = ("rows", "tokens", "sequences", "table_width", "segments", "window")
 
 if TYPE_CHECKING or triton is None:
     Pointer = Any  # to the first element of a contiguous tensor; the comment gives its shape and dtype
     Block = Any  # a tensor inside a kernel
+    Scalar = Any  # a number, or None: `int` and `float` would have the launcher take None for one, too
 else:
-    Pointer = Block = tl.tensor  # the compiler looks annotations up and lets pass what is its own
+    Pointer = Block = Scalar = tl.tensor  # the compiler looks annotations up and lets pass what is its own
 
 
 def jit(function: Callable[..., Any]) -> Any:

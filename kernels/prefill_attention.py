@@ -25,7 +25,7 @@ from kernels.attention_state import (
     merge_state,
     segment_state,
 )
-from kernels.jit import INTERPRETED, Block, Pointer, jit, narrow, tl
+from kernels.jit import INTERPRETED, Block, Pointer, Scalar, jit, narrow, tl
 from kernels.launch import device_of, launch_for, power_of_two
 from kernels.shape import check_shape
 
@@ -115,8 +115,8 @@ def _prefill_kernel(
     sinks: Pointer,  # [GROUPS, RATIO] float32, or None
     out: Pointer,  # [tokens, GROUPS, RATIO, SIZE]
     scale: float,
-    window: int,  # or None
-    soft_cap: float,  # or None
+    window: Scalar,  # int, or None
+    soft_cap: Scalar,  # float, or None
     sequences: int,
     table_width: int,
     GROUPS: tl.constexpr,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="no Triton on this system")
+# That of 3.6 turns arrays of one element into numbers, which numpy no longer does.
+pytest.importorskip("triton", minversion="3.7", reason="no Triton here whose interpreter walks loops")
 
 ROOT = Path(__file__).parents[3]
 

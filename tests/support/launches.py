@@ -1,0 +1,102 @@
+"""Every launcher of ours called for a GPU that is not there: what it hands over is compiled and checked, and never run.
+
+    python -m tests.support.launches          one line for each launch: `_decode_kernel (3, 2, 4)`
+
+Triton asks its driver for the device, binds the arguments, compiles, and hands the binary and the arguments to the
+driver. This driver says sm_90, and holds every argument against the type that its kernel was compiled for, as CUDA's
+would: an argument that may be None, but was declared a number, fails here and not in the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from kernels.attention_state import FULL, AttentionVariant
+from kernels.decode_attention import decode_attention_triton
+from kernels.jit import INTERPRETED
+from kernels.prefill_attention import prefill_attention_triton
+from kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
+from kernels.rope_store import HeadNorm, rope_store_triton
+from kernels.silu_mul import silu_mul_triton
+
+MOST_SHARED = 232_448  # bytes of a program on sm_90
+
+
+class HeadlessDriver:
+    """What Triton asks of a driver, for one Hopper GPU."""
+
+    def __init__(self) -> None:
+        self.utils = self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": MOST_SHARED}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads: the report knows better
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(*given: Any) -> None:
+            grid, arguments = given[:3], given[9:]  # between: stream, function, metadata, hooks
+            for (name, type_), argument in zip(source.signature.items(), arguments, strict=True):
+                if not accepts(type_, argument):
+                    raise TypeError(f"`{name}` of `{metadata.name}` is {argument!r}, compiled for {type_}")
+            print(metadata.name, grid, flush=True)
+
+        return launch
+
+
+def accepts(type_: str, argument: object) -> bool:
+    """Return whether CUDA's launcher would take `argument` for `type_`, such as `*bf16`, `i32` or `constexpr`."""
+    if type_ == "constexpr":
+        return True
+    if type_.startswith("*"):
+        return isinstance(argument, Tensor)
+    return isinstance(argument, (int, float) if type_.startswith("fp") else int)
+
+
+def elementwise() -> None:
+    x, weight = torch.zeros(3, 80).bfloat16(), torch.zeros(80).bfloat16()
+    rms_norm_triton(x, weight, 1e-6)
+    add_rms_norm_triton(x, x, weight, 1e-6)
+    silu_mul_triton(x)
+    cache = torch.zeros(2, 16, 1, 20).bfloat16()
+    angle, at = torch.zeros(9, 10), torch.zeros(3, dtype=torch.long)
+    for norm in (None, HeadNorm(weight[:20], weight[:20], 1e-6)):
+        rope_store_triton(x, norm, angle, angle, at, at, cache, cache)
+
+
+def attention() -> None:
+    query, cache = torch.zeros(3, 4, 80).bfloat16(), torch.zeros(2, 16, 2, 80).bfloat16()
+    table, lengths = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    starts = torch.arange(4, dtype=torch.int32)
+    sinks = torch.zeros(4)
+    for variant in (FULL, AttentionVariant(window=1), AttentionVariant(window=32, soft_cap=30.0, sinks=sinks)):
+        decode_attention_triton(query, cache, cache, table, lengths, 0.1, variant)
+        prefill_attention_triton(query, cache, cache, table, starts, lengths, 0.1, variant)
+
+
+def main() -> None:
+    if INTERPRETED:
+        raise SystemExit("unset `TRITON_INTERPRET`: the interpreter launches nothing")
+    triton.runtime.driver.set_active(HeadlessDriver())
+    elementwise()
+    attention()
+
+
+if __name__ == "__main__":
+    main()
