@@ -1,0 +1,89 @@
+"""Decode and prefill attention over a paged cache, at the heads of Qwen3 8B, beside torch's over contiguous keys.
+
+    python -m tests.benchmarks.kernels.bench_attention
+
+Decode is held against the copy: the keys and values of every context, read once. Prefill is held against the matrix
+product: the operations of what a causal row sees. torch's attention is given keys that lie one after another, without a
+block table, and so does a little less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention_state import FULL
+from kernels.decode_attention import decode_attention_triton
+from kernels.prefill_attention import prefill_attention_triton
+from tests.benchmarks.kernels.ceilings import Ceilings, measure, seconds_of
+
+DEVICE = "cuda"
+HEADS, GROUPS, SIZE, PAGE = 32, 8, 128, 16
+SCALE = SIZE**-0.5
+DECODES = ((1, 1024), (1, 32768), (16, 8192), (64, 4096), (256, 1536))  # sequences, tokens of each context
+PREFILLS = ((1, 2048, 2048), (8, 1024, 1024), (1, 8192, 8192), (1, 2048, 32768))  # sequences, new tokens, context
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    keys: Tensor  # [N, PAGE, GROUPS, SIZE]
+    values: Tensor
+    table: Tensor  # [sequences, context / PAGE], in any order
+    lengths: Tensor  # [sequences]
+
+    def in_order(self, cache: Tensor) -> Tensor:
+        """Return [sequences, GROUPS, context, SIZE], as torch takes it."""
+        rows = cache[self.table.long()].flatten(1, 2)
+        return rows.transpose(1, 2).contiguous()
+
+
+def draw(sequences: int, context: int) -> Cache:
+    blocks = sequences * context // PAGE
+    keys, values = (torch.randn(blocks, PAGE, GROUPS, SIZE, device=DEVICE, dtype=torch.bfloat16) for _ in "kv")
+    table = torch.randperm(blocks, device=DEVICE).int().view(sequences, -1)
+    return Cache(keys, values, table, torch.full((sequences,), context, dtype=torch.int32, device=DEVICE))
+
+
+def decode(sequences: int, context: int, ceilings: Ceilings) -> None:
+    cache = draw(sequences, context)
+    query = torch.randn(sequences, HEADS, SIZE, device=DEVICE).bfloat16()
+    keys, values = cache.in_order(cache.keys), cache.in_order(cache.values)
+    paged = (query, cache.keys, cache.values, cache.table, cache.lengths, SCALE, FULL)
+    moved = 2 * 2 * sequences * context * GROUPS * SIZE + 2 * 2 * query.numel()
+    for name, call in (
+        ("ours", lambda: decode_attention_triton(*paged)),
+        ("torch", lambda: F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)),
+    ):
+        print(ceilings.line(f"decode {sequences} × {context}: {name}", seconds_of(call), moved))
+
+
+def prefill(sequences: int, tokens: int, context: int, ceilings: Ceilings) -> None:
+    cache = draw(sequences, context)
+    query = torch.randn(sequences * tokens, HEADS, SIZE, device=DEVICE).bfloat16()
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE) * tokens
+    paged = (query, cache.keys, cache.values, cache.table, starts, cache.lengths, SCALE, FULL)
+    seen = sequences * (tokens * (context - tokens) + tokens * (tokens + 1) // 2)  # pairs of a row and a key
+    moved = 2 * 2 * sequences * context * GROUPS * SIZE + 2 * 2 * query.numel()
+    name, operations = f"prefill {sequences} × {tokens} of {context}", 4 * seen * HEADS * SIZE
+    print(ceilings.line(f"{name}: ours", seconds_of(lambda: prefill_attention_triton(*paged)), moved, operations))
+    if tokens < context:
+        return  # torch's causal mask begins at the first key
+    rows = query.view(sequences, tokens, HEADS, SIZE).transpose(1, 2).contiguous()
+    keys, values = cache.in_order(cache.keys), cache.in_order(cache.values)
+    taken = seconds_of(lambda: F.scaled_dot_product_attention(rows, keys, values, is_causal=True, enable_gqa=True))
+    print(ceilings.line(f"{name}: torch", taken, moved, operations))
+
+
+def main() -> None:
+    ceilings = measure()
+    for sequences, context in DECODES:
+        decode(sequences, context, ceilings)
+    for sequences, tokens, context in PREFILLS:
+        prefill(sequences, tokens, context, ceilings)
+
+
+if __name__ == "__main__":
+    main()
