@@ -122,7 +122,7 @@ def merge_state(
 def attended(highest: Block, sums: Block, weighted: Block, sinks: Pointer, head: Block, real: Block) -> Block:
     """Return the attention of rows [R] of heads `head`, those that are `real`, whose keys have all been merged."""
     if sinks is not None:
-        sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
+        sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
         highest, sums, weighted = merge_state(
             highest, sums, weighted, sink, tl.full(sums.shape, 1.0, tl.float32), tl.zeros(weighted.shape, tl.float32)
         )
@@ -176,6 +176,8 @@ def check_attention(
     for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         if not tensor.is_contiguous():
             raise ShapeError(f"`{name}` is not contiguous")
+        if tensor.dtype != query.dtype:
+            raise ShapeError(f"`{name}` holds {tensor.dtype}, and `query` {query.dtype}")
 
 
 def attention_reference(

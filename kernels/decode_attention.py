@@ -34,7 +34,7 @@ def decode_attention(
     key_cache: Tensor,  # [N, P, G, D]  same dtype
     value_cache: Tensor,  # [N, P, G, D]
     block_table: Tensor,  # [S, M] int32  block ids; entries beyond the context are never read
-    context_len: Tensor,  # [S] int32  tokens, 1 ≤ context_len[s] ≤ M · P, the new token included
+    context_len: Tensor,  # [S] int32  tokens, ≤ M · P, the new one included; 0 for a row of padding, answered by zeros
     scale: float,  # multiplies query·key before softmax
     variant: AttentionVariant = FULL,
 ) -> Tensor:  # [S, H, D]
@@ -74,6 +74,7 @@ def decode_attention_triton(
     launch = launch_for("decode_attention", size, device_of(query))
     shape = {"GROUPS": groups, "RATIO": heads // groups, "SIZE": size, "BLOCK_D": power_of_two(size)}
     shape |= {"SEGMENT": SEGMENT, "PLAIN": INTERPRETED}
+    lengths = context_len.contiguous()
     if out.numel() == 0:
         return out
     _decode_kernel[(sequences, groups, segments)](
@@ -81,7 +82,7 @@ def decode_attention_triton(
         key_cache,
         value_cache,
         block_table.contiguous(),
-        context_len,
+        lengths,
         states,
         exponent,
         variant.window,
@@ -95,7 +96,7 @@ def decode_attention_triton(
     )
     _merge_kernel[(sequences, groups)](
         states,
-        context_len,
+        lengths,
         variant.sinks,
         out,
         variant.window,

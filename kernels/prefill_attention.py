@@ -40,7 +40,7 @@ def prefill_attention(
     scale: float,  # multiplies query·key before softmax
     variant: AttentionVariant = FULL,
 ) -> Tensor:  # [T, H, D]
-    """Return the attention of each token over the tokens of its sequence up to itself.
+    """Return the attention of each token over the tokens of its sequence up to itself; none for tokens of no sequence.
 
     On a CPU, where the engine goes by `paged_attention`, the slow version answers.
 
@@ -80,8 +80,8 @@ def prefill_attention_triton(
         key_cache,
         value_cache,
         block_table.contiguous(),
-        starts,
-        context_len,
+        starts.contiguous(),
+        context_len.contiguous(),
         variant.sinks,
         out,
         exponent,

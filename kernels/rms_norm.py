@@ -75,7 +75,7 @@ def _launch(
     _rms_norm_kernel[(rows,)](
         x,
         residual,
-        weight,
+        weight.contiguous(),
         out,
         added,
         epsilon,

@@ -118,20 +118,27 @@ def rope_store_triton(
     key_cache: Tensor,
     value_cache: Tensor,
 ) -> Tensor:
-    """Return `rope_store` by the kernel. The caches are contiguous."""
+    """Return `rope_store` by the kernel.
+
+    Raises:
+        ShapeError: a cache is not contiguous.
+    """
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        if not cache.is_contiguous():
+            raise ShapeError(f"`{name}` is not contiguous")
     tokens, (groups, size) = qkv.shape[0], key_cache.shape[2:]
     heads = qkv.shape[1] // size - 2 * groups
     query = qkv.new_empty(tokens, heads, size)
     launch = launch_for("rope_store", size, device_of(qkv))
     _rope_store_kernel[(tokens, -(-(heads + 2 * groups) // launch.block_m))](
         qkv.contiguous(),
-        None if norm is None else norm.query,
-        None if norm is None else norm.key,
+        None if norm is None else norm.query.contiguous(),
+        None if norm is None else norm.key.contiguous(),
         0.0 if norm is None else norm.epsilon,
-        cos,
-        sin,
-        positions,
-        slots,
+        cos.contiguous(),
+        sin.contiguous(),
+        positions.contiguous(),
+        slots.contiguous(),
         query,
         key_cache,
         value_cache,

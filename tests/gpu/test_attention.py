@@ -147,6 +147,15 @@ def test_scores_far_apart_neither_overflow_nor_vanish(device: torch.device, gene
     assert torch.equal(world.decode([(0, 399)])[0], out[-1])
 
 
+def test_a_row_of_padding_is_zeros_and_changes_no_bit_beside_it(
+    device: torch.device, generator: torch.Generator
+) -> None:
+    world = PagedWorld([5, 290], (4, 2, 64), BFLOAT16, device, generator)
+    out = world.decode([(0, 4), (0, -1), (1, 289)])
+    assert (out[1] == 0).all()
+    assert torch.equal(out[[0, 2]], world.decode([(0, 4), (1, 289)]))
+
+
 def test_nothing_asked_is_an_empty_answer(device: torch.device, generator: torch.Generator) -> None:
     world = PagedWorld([5], (2, 1, 64), BFLOAT16, device, generator)
     assert world.prefill([(0, 2, 2)]).shape == (0, 2, 64)

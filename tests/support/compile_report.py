@@ -3,12 +3,13 @@
     python -m tests.support.compile_report          one line each
     python -m tests.support.compile_report --json   one object each, for example
 
-    {"operation": "rms_norm", "size": 4096, "registers": 40, "stack": 0, "shared": 32, "wgmma": false, "label": "…"}
+    {"operation": "rms_norm", "size": 4096, "label": "4096 *bf16", "registers": 32, "stack": 0, "shared": 32,
+     "wgmma": false, "contracted": 0}
 
 `registers` are those of a thread, at most 255, and `stack` its bytes of local memory: anything but 0 means that
-registers spilled. `shared` is the bytes of a program, at most 232,448. Needs no driver: the assembler comes with
-Triton. Not for a process with TRITON_INTERPRET, where nothing is compiled. A case says how an operation's launcher
-would call its kernel.
+registers spilled. `shared` is the bytes of a program, at most 232,448, and `contracted` counts the sums that took a
+product in, which rounds once where two instructions round twice. Needs no driver: the assembler comes with Triton. Not
+for a process with TRITON_INTERPRET, where nothing is compiled. A case says how its launcher would call the kernel.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Resources:
     stack: int
     shared: int
     wgmma: bool
+    contracted: int
 
 
 def cases() -> Iterator[Case]:
@@ -147,8 +149,10 @@ def compile_case(case: Case) -> Resources:
     )
     compiled = triton.compile(source, target=HOPPER, options=case.launch.options)
     registers, stack = _usage(compiled.asm["cubin"])
-    wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
-    return Resources(case.operation, case.size, case.label, registers, stack, compiled.metadata.shared, wgmma)
+    text = compiled.asm["ptx"]
+    wgmma, contracted = "wgmma.mma_async" in text, text.count("fma.rn")
+    shared = compiled.metadata.shared
+    return Resources(case.operation, case.size, case.label, registers, stack, shared, wgmma, contracted)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

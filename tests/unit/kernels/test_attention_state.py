@@ -73,6 +73,12 @@ def test_a_window_of_one_is_the_value_of_the_token_itself() -> None:
         assert torch.equal(out[row], own.repeat_interleave(2, dim=0))
 
 
+def test_a_row_of_padding_is_zeros() -> None:
+    given = replace(draw(), context_len=torch.tensor([3, 0, 13], dtype=torch.int32))
+    for variant in (FULL, AttentionVariant(window=2, sinks=torch.zeros(4))):
+        assert (given.decode(variant)[1] == 0).all()
+
+
 def test_segments_are_whole_tiles() -> None:
     assert SEGMENT % TILE == 0
 
@@ -89,6 +95,7 @@ def test_disagreeing_arguments_are_refused() -> None:
         ("heads", lambda: draw(heads=17, groups=1).decode()),
         ("heads", lambda: draw(heads=1, groups=2).decode()),
         ("contiguous", lambda: replace(given, query=given.query.mT.contiguous().mT).decode()),
+        ("holds", lambda: replace(given, value_cache=given.value_cache.half()).decode()),
         ("variant.window", lambda: given.decode(AttentionVariant(window=0))),
         ("variant.soft_cap", lambda: given.decode(AttentionVariant(soft_cap=0.0))),
         ("variant.sinks", lambda: given.decode(AttentionVariant(sinks=torch.zeros(3)))),

@@ -40,6 +40,10 @@ def test_prefill_reaches_the_matrix_units_of_a_warp_group(report: list[dict[str,
     assert [used for used in prefill if not used["wgmma"]] == []
 
 
+def test_no_sum_of_attention_takes_a_product_in_where_the_other_kernel_might_not(report: list[dict[str, Any]]) -> None:
+    assert [used for used in report if "attention" in used["operation"] and used["contracted"]] == []
+
+
 def test_every_entry_of_the_table_that_has_a_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
     def chosen(used: dict[str, Any]) -> Entry:
         return next(e for e in TABLE if e.operation == used["operation"] and used["size"] <= e.at_most)
