@@ -4,7 +4,8 @@ Numeric contract: attention_state.py; a row's bits depend on its own sequence al
 One program takes a sequence, a head of the cache and a segment of 256 keys, so that a few long sequences keep the whole
 device busy; the heads of a group stand together in a tile of 16 rows, and keys are read once for them all. A second
 launch merges the segments in ascending order. Grids are upper bounds, of the table's width: no length is looked at on
-the host, so that both launches can be captured, and a program beyond its sequence ends at once.
+the host, so that both launches can be captured, and a program beyond its sequence ends at once. Should a device's
+instructions for 16 rows and for 64 not agree, a tile of 64 rows (`block_m`) takes those of prefill: it compiles, too.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ TABLE = (
     Entry("rms_norm", ANY, 32768, Launch(warps=16, stages=1)),
     Entry("silu_mul", ANY, 1 << 30, Launch(warps=4, stages=1, block_n=1024)),  # elements of a row's half
     Entry("rope_store", ANY, 256, Launch(warps=4, stages=1, block_m=8)),  # elements of a head
+    # The load of a block's id, before that of its keys, takes half the stages: 5 would give a second buffer of keys.
     Entry("decode_attention", ANY, 128, Launch(warps=4, stages=3, block_m=16)),  # elements of a head
     Entry("decode_attention", ANY, 256, Launch(warps=4, stages=2, block_m=16)),
     Entry("merge_attention", ANY, 256, Launch(warps=4, stages=1)),  # elements of a head
