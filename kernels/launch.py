@@ -50,10 +50,11 @@ TABLE = (
     Entry("decode_attention", ANY, 256, Launch(warps=4, stages=2, block_m=16)),
     Entry("merge_attention", ANY, 256, Launch(warps=4, stages=1)),  # elements of a head
     Entry("prefill_attention", ANY, 256, Launch(warps=8, stages=3, block_m=128, block_n=128)),  # elements of a head
+    # `block_k` of all entries for "gemm" is the same: it is the step in which K is walked.
     Entry("gemm", ANY, 16, Launch(warps=4, stages=5, block_m=16, block_n=32, block_k=128)),  # rows
     Entry("gemm", ANY, 32, Launch(warps=4, stages=4, block_m=32, block_n=64, block_k=128)),
     Entry("gemm", ANY, 64, Launch(warps=4, stages=4, block_m=64, block_n=64, block_k=128)),
-    Entry("gemm", ANY, 1 << 30, Launch(warps=8, stages=3, block_m=128, block_n=128, block_k=64)),
+    Entry("gemm", ANY, 1 << 30, Launch(warps=8, stages=3, block_m=128, block_n=128, block_k=128)),
     Entry("sample", ANY, 1 << 30, Launch(warps=8, stages=1, block_n=4096)),  # the vocabulary
     Entry("logprobs", ANY, 1 << 30, Launch(warps=8, stages=1, block_n=4096)),  # the vocabulary
 )

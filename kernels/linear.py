@@ -9,19 +9,26 @@ looked for. A single row may take another path than two, so it is given a compan
 `linear_fixed_tiles` gives every product the same number of rows and was invariant for all of them. In one run on a busy
 machine, one thread, it took 1.03–1.3 times as long up to 32 rows for weights of 4 M values and more, up to twice as
 long for small ones, and 2.4–6.8 times at 512 rows. `verify_invariance` finds out, shape by shape, at start-up.
+
+On a GPU `linear_by_rows` takes our own product for few rows and the library's, forbidden to split K, for many. Only
+where the two agree in every bit does it keep the contract; otherwise `gemm` of gemm.py for all rows is the fallback.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.gemm import gemm
 from kernels.shape import ShapeError
 
 TILE_M = 32  # rows of a fixed tile
+FEW_ROWS = 64  # up to here `linear_by_rows` takes our own product
 PROBED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 129)
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -51,21 +58,47 @@ def linear_fixed_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, TILE_M)])[:rows]
 
 
+def linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the same on a GPU: up to `FEW_ROWS` rows by our own product, for more by the library's.
+
+    `forbid_split_k` was called before: the library may otherwise share out K among programs.
+    """
+    _check(x, weight, bias)
+    return gemm(x, weight, bias) if x.shape[0] <= FEW_ROWS else F.linear(x, weight, bias)
+
+
+def forbid_split_k() -> None:
+    """Have the library add up every element in one program and in float32, in this process. Call it before CUDA starts.
+
+    The library is left without the memory that partial sums would need, and told not to use any.
+    """
+    cuda: Any = torch.cuda
+    assert not cuda.is_initialized()  # the library reads its environment once
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # KiB : buffers, the least
+    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"  # KiB
+    settings: Any = torch.backends.cuda.matmul  # what it is declared to take is narrower than what it takes
+    settings.allow_tf32 = False
+    settings.allow_bf16_reduced_precision_reduction = (False, False)
+    settings.allow_fp16_reduced_precision_reduction = (False, False)
+
+
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the same in float64, rounded once."""
     product = x.double() @ weight.double().T
     return (product if bias is None else product + bias.double()).to(x.dtype)
 
 
-def verify_invariance(function: Linear, shape: tuple[int, int], dtype: torch.dtype, most_rows: int) -> bool:
+def verify_invariance(
+    function: Linear, shape: tuple[int, int], dtype: torch.dtype, most_rows: int, device: str = "cpu"
+) -> bool:
     """Return whether `function` keeps the contract here for weights of `shape` (N, K) and up to `most_rows` rows.
 
     Every number of rows in `probed_rows` is compared, byte for byte, at two offsets, with the widest product.
     """
     n, k = shape
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(n, k, generator=generator, dtype=dtype)
-    x = torch.randn(most_rows + 1, k, generator=generator, dtype=dtype)
+    weight = torch.randn(n, k, generator=generator, dtype=dtype).to(device)
+    x = torch.randn(most_rows + 1, k, generator=generator, dtype=dtype).to(device)
     whole = function(x, weight, None)
     return all(
         torch.equal(function(x[offset : offset + rows], weight, None), whole[offset : offset + rows])

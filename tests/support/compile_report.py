@@ -32,6 +32,7 @@ from triton.compiler import ASTSource
 
 from kernels.attention_state import SEGMENT, TILE
 from kernels.decode_attention import _decode_kernel, _merge_kernel
+from kernels.gemm import _gemm_kernel, columns_of
 from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
 from kernels.prefill_attention import _prefill_kernel
@@ -81,6 +82,7 @@ def cases() -> Iterator[Case]:
     yield from _ropes()
     yield from _gates()
     yield from _attentions()
+    yield from _gemms()
 
 
 def _norms() -> Iterator[Case]:
@@ -133,6 +135,21 @@ def _case(
     """Return a case of the arguments that `kernel` has."""
     of_kernel = [{name: given[name] for name in kernel.arg_names if name in given} for given in (types, constants)]
     return Case(operation, size, label, kernel, *of_kernel)
+def _gemms() -> Iterator[Case]:
+    for rows in (16, 32, 64, 2048):
+        launch = launch_for("gemm", rows, DEVICE)
+        for silu, width, depth, dtype in (
+            (False, 4096, 12288, "*bf16"),
+            (False, 1003, 1000, "*fp16"),
+            (True, 12288, 4096, "*bf16"),
+        ):
+            types = dict.fromkeys(("x", "weight", "out"), dtype) | {"rows": "i32"}
+            types |= {} if silu else {"bias": dtype}
+            blocks = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "PLAIN": False}
+            blocks["BLOCK_N"] = columns_of(launch, width, -(-rows // launch.block_m), silu)
+            constants = {"WIDTH": width, "DEPTH": depth, "SILU": silu, **blocks}
+            label = f"{rows} × {width} × {depth}{' silu' if silu else ''}"
+            yield Case("gemm", rows, label, _gemm_kernel, types, constants)
 
 
 def compile_case(case: Case) -> Resources:
