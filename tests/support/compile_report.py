@@ -38,6 +38,7 @@ from kernels.launch import Launch, launch_for, power_of_two
 from kernels.prefill_attention import _prefill_kernel
 from kernels.rms_norm import _rms_norm_kernel
 from kernels.rope_store import _rope_store_kernel
+from kernels.sample import PART, _cut_kernel, _draw_kernel, _merge_kernel
 from kernels.silu_mul import _silu_mul_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -83,6 +84,7 @@ def cases() -> Iterator[Case]:
     yield from _gates()
     yield from _attentions()
     yield from _gemms()
+    yield from _samples()
 
 
 def _norms() -> Iterator[Case]:
@@ -150,6 +152,27 @@ def _gemms() -> Iterator[Case]:
             constants = {"WIDTH": width, "DEPTH": depth, "SILU": silu, **blocks}
             label = f"{rows} × {width} × {depth}{' silu' if silu else ''}"
             yield Case("gemm", rows, label, _gemm_kernel, types, constants)
+
+
+def _samples() -> Iterator[Case]:
+    width = 151_936
+    parts = -(-width // PART)
+    score = {"logits": "*fp32", "request": "*i32", "temperature": "*fp64"}
+    wishes = {"bias_ids": "*i32", "biases": "*fp64", "history": "*i32", "mask": "*i32"}
+    wishes |= dict.fromkeys(("repetition", "frequency", "presence"), "*fp64")
+    cut = {"min_p": "*fp64", "edge": "*i64", "last": "*i32", "best": "*fp64"}
+    part = {"values": "*fp64", "ids": "*i32"}
+    drawn = {"seed": "*i64", "position": "*i64", **part}
+    constants = {"WIDTH": width, "BLOCK": launch_for("sample", width, DEVICE).block_n}
+    few, many = {**constants, "BIASES": 1, "BIAS_BLOCK": 1}, {**constants, "BIASES": 300, "BIAS_BLOCK": 512}
+    parted = {"PARTS": parts, "PART_WIDTH": PART}
+    ranked = {"top_k": "*i32", "top_p": "*fp64", **cut}
+    yield Case("sample", width, "cut", _cut_kernel, score | ranked, few)
+    yield Case("sample", width, "cut, every wish", _cut_kernel, score | wishes | ranked, many)
+    yield Case("sample", width, "draw", _draw_kernel, score | drawn, few | parted)
+    yield Case("sample", width, "draw, every wish", _draw_kernel, score | wishes | drawn | cut, many | parted)
+    merged = {"PARTS": parts, "WIDTH": width, "BLOCK": power_of_two(parts)}
+    yield Case("sample", width, "merge", _merge_kernel, part | {"tokens": "*i64"}, merged)
 
 
 def compile_case(case: Case) -> Resources:

@@ -1,0 +1,240 @@
+"""The sampler by its kernels: the engine's own token for every wish, exact cuts, rows that do not see each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams
+from engine.sampler import ANYWHERE, gumbel, keep
+from engine.sampler import sample as engine_sample
+from kernels.jit import INTERPRETED
+from kernels.launch import launch_for
+from kernels.sample import (
+    Bias,
+    Cuts,
+    Penalties,
+    SamplingTables,
+    _cut,
+    _scored,
+    gumbel_reference,
+    sample,
+    sample_reference,
+    sample_triton,
+)
+from kernels.shape import ShapeError
+from tests.support.poison import among_nan
+from tests.support.sampling import Sampled, random_request, tables_of
+
+ROWS = 8 if INTERPRETED else 64
+SPECIAL = {
+    "equal": torch.zeros(300),
+    "two values": torch.arange(300).remainder(2).float(),
+    "many ties": torch.arange(300).remainder(7).float() - 3,
+    "both zeros": torch.tensor([-0.0, 0.0]).repeat(150),
+    "one": torch.tensor([3.0]),
+    "far apart": torch.tensor([1e30, -1e30, 0.0, 1e-40, -1e-40, 3.0]),
+    "one is left": torch.full((300,), -torch.inf).index_fill(0, torch.tensor([123]), -50.0),
+    "few are left": torch.full((300,), -torch.inf).index_fill(0, torch.tensor([5, 123, 299]), 2.0),
+    "next to each other": 1 + torch.arange(300).float() * 2**-23,
+    "falling": -torch.arange(2000).float() / 100,
+}
+
+
+def on(device: torch.device, values: list[float] | list[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def plain(requests: int, device: torch.device, **tables: object) -> SamplingTables:
+    return SamplingTables(on(device, [1.0] * requests), torch.arange(requests, device=device), **tables)  # type: ignore[arg-type]
+
+
+def kept_by_kernel(logits: Tensor, tables: SamplingTables) -> Tensor:
+    """Return [R, V] truths: which tokens the search leaves, before min-p."""
+    rows, width = logits.shape
+    launch = launch_for("sample", width, "any")
+    request = torch.arange(rows, dtype=torch.int32, device=logits.device)
+    scored = _scored(logits, request, tables)
+    edge, last, _ = _cut(scored, rows, tables.cuts, launch.block_n, launch.options)
+    assert edge is not None
+    assert last is not None
+    scores = logits.double() / tables.temperature[:, None] + 0.0
+    bits = scores.view(torch.int64)
+    keys = bits ^ ((bits >> 63) & (2**63 - 1))
+    ids = torch.arange(width, device=logits.device)
+    return (keys > edge[:, None]) | ((keys == edge[:, None]) & (ids <= last[:, None]))
+
+
+@pytest.mark.parametrize("vocabulary", [1, 33, 1025] if INTERPRETED else [1, 2, 33, 1023, 1025, 9000, 151_936])
+def test_every_row_gets_the_token_that_the_engine_would_draw(
+    vocabulary: int, device: torch.device, generator: torch.Generator
+) -> None:
+    requests = [random_request(vocabulary, generator) for _ in range(ROWS)]
+    logits = among_nan(torch.randn(ROWS, vocabulary, generator=generator).mul(3).to(device))
+    positions = torch.randint(2**40, (ROWS,), generator=generator)
+    tables = tables_of(requests, vocabulary, device)
+    order = torch.arange(ROWS, dtype=torch.int32, device=device)
+    drawn = sample_triton(logits, order, positions.to(device), tables)
+    expected = [
+        engine_sample(row, one.params, position, one.draw)
+        for row, one, position in zip(logits.cpu().numpy(), requests, positions.tolist(), strict=True)
+    ]
+    assert drawn.tolist() == expected
+    assert sample_reference(logits, order, positions.to(device), tables).tolist() == expected
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_what_top_k_and_top_p_leave_is_exact_where_values_are_alike_or_far_apart(
+    name: str, device: torch.device
+) -> None:
+    row = SPECIAL[name]
+    asked = [(0, 1.0), (0, 1e-9), (0, 0.3), (0, 0.999), (1, 0.5), (7, 1.0), (7, 0.5), (150, 0.3), (299, 0.999)]
+    cuts = Cuts(
+        on(device, [k for k, _ in asked], torch.int32),
+        on(device, [p for _, p in asked]),
+        on(device, [0.0] * len(asked)),
+    )
+    logits = among_nan(row.repeat(len(asked), 1).to(device))
+    kept = kept_by_kernel(logits, plain(len(asked), device, cuts=cuts)).cpu()
+    scores = row.double().numpy()
+    for (k, p), found in zip(asked, kept, strict=True):
+        ids = keep(scores, SamplingParams(max_tokens=1, seed=0, top_k=k, top_p=p))
+        expected = np.isin(np.arange(len(row)), np.arange(len(row)) if ids is None else ids)
+        drawable = scores > -np.inf
+        assert np.array_equal(found.numpy() & drawable, expected & drawable), (k, p)
+
+
+def test_a_wide_range_of_scores_does_not_overflow_the_search(device: torch.device) -> None:
+    logits = torch.tensor([[3e38, -3e38, 1e38, -1e38]], device=device)
+    tables = SamplingTables(
+        on(device, [1e-250]), on(device, [1], torch.int64),
+        cuts=Cuts(on(device, [3], torch.int32), on(device, [1.0]), on(device, [0.0])),
+    )  # fmt: skip
+    assert kept_by_kernel(logits, tables).tolist() == [[True, False, True, True]]
+
+
+def test_the_token_of_a_row_does_not_depend_on_its_neighbours(device: torch.device, generator: torch.Generator) -> None:
+    vocabulary = 1030
+    requests = [random_request(vocabulary, generator) for _ in range(ROWS)]
+    tables = tables_of(requests, vocabulary, device)
+    logits = torch.randn(ROWS, vocabulary, generator=generator).to(device)
+    positions = torch.randint(2**20, (ROWS,), generator=generator).to(device)
+    order = torch.arange(ROWS, dtype=torch.int32, device=device)
+    whole = sample_triton(logits, order, positions, tables)
+    for row in range(0, ROWS, 3):
+        alone = sample_triton(logits[row : row + 1], order[row : row + 1], positions[row : row + 1], tables)
+        assert alone.item() == whole[row].item()
+        poisoned = torch.full_like(logits, torch.nan)
+        poisoned[row] = logits[row]
+        assert sample_triton(poisoned, order, positions, tables)[row].item() == whole[row].item()
+    shuffled = torch.randperm(ROWS, generator=generator).to(device)
+    mixed = sample_triton(logits[shuffled], order[shuffled], positions[shuffled], tables)
+    assert torch.equal(mixed, whole[shuffled])
+
+
+def test_one_request_may_be_drawn_for_at_many_positions(device: torch.device, generator: torch.Generator) -> None:
+    logits = torch.randn(1, 500, generator=generator).to(device).expand(40, -1)
+    same = torch.ones(40, dtype=torch.int32, device=device)
+    drawn = sample_triton(logits, same, torch.arange(40, device=device), plain(2, device))
+    row = logits[0].cpu().numpy()
+    assert drawn.tolist() == [engine_sample(row, SamplingParams(max_tokens=1, seed=1), at) for at in range(40)]
+    assert len(set(drawn.tolist())) > 20
+
+
+def test_ties_go_to_the_lowest_id_over_all_parts_of_a_row(device: torch.device) -> None:
+    logits = torch.zeros(2, 20_000, device=device)
+    logits[1, [9_000, 17_000, 19_999]] = 1
+    tables = SamplingTables(on(device, [0.0, 0.0]), on(device, [1, 2], torch.int64))
+    assert sample_triton(logits, on(device, [0, 1], torch.int32), on(device, [5, 5], torch.int64), tables).tolist() == [
+        0,
+        9_000,
+    ]
+
+
+def test_nan_is_never_drawn_and_where_nothing_may_be_drawn_it_is_token_0(device: torch.device) -> None:
+    logits = torch.full((2, 100), torch.nan, device=device)
+    logits[0, 40:] = -torch.inf
+    logits[1, 77] = -1000
+    cuts = Cuts(on(device, [3, 3], torch.int32), on(device, [0.5, 0.5]), on(device, [0.1, 0.1]))
+    request, position = on(device, [0, 1], torch.int32), on(device, [5, 5], torch.int64)
+    for tables in (plain(2, device), plain(2, device, cuts=cuts)):
+        assert sample_triton(logits, request, position, tables).tolist() == [0, 77]
+
+
+def test_a_bit_of_the_mask_is_a_token_and_what_lies_beyond_the_vocabulary_is_not_read(device: torch.device) -> None:
+    width = 70
+    logits = among_nan(torch.zeros(width, width).to(device))
+    mask = torch.zeros(width, 3, dtype=torch.int32)
+    for token in range(width):
+        bit = 1 << token % 32
+        mask[token, token // 32] = bit - (1 << 32 if bit >> 31 else 0)
+    mask[:, 2] |= -(1 << 6)  # the bits beyond the vocabulary
+    order = torch.arange(width, dtype=torch.int32, device=device)
+    tables = plain(width, device, mask=mask.to(device))
+    assert sample_triton(logits, order, order.long(), tables).tolist() == list(range(width))
+
+
+def test_bias_stands_before_penalties_and_is_found_wherever_a_block_begins(device: torch.device) -> None:
+    vocabulary = 3000
+    ids = [0, 1, 1023, 1024, 2047, 2048, 2999]
+    requests = [
+        Sampled(
+            SamplingParams(max_tokens=1, seed=1, temperature=0, logit_bias=((token, 7.0),), repetition_penalty=2.0),
+            random_request(vocabulary, torch.Generator().manual_seed(0)).draw,
+        )
+        for token in ids
+    ]
+    logits = torch.full((len(ids), vocabulary), -1.0, device=device)
+    tables = tables_of(requests, vocabulary, device)
+    drawn = sample_triton(
+        logits, torch.arange(len(ids), dtype=torch.int32, device=device), on(device, ids, torch.int64), tables
+    ).tolist()
+    expected = [engine_sample(logits[0].cpu().numpy(), one.params, 0, one.draw) for one in requests]
+    assert drawn == expected
+
+
+def test_the_noise_of_the_reference_is_the_engines() -> None:
+    ids = torch.arange(1000)
+    for seed, position in ((0, 0), (1, 2), (2**63 - 1, 2**40)):
+        np.testing.assert_allclose(
+            gumbel_reference(seed, position, ids), gumbel(seed, position, ids.numpy()), rtol=1e-12
+        )
+
+
+def test_nothing_to_draw_is_nothing_drawn(device: torch.device) -> None:
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    assert sample_triton(torch.empty(0, 9, device=device), empty.int(), empty, plain(1, device)).tolist() == []
+
+
+def test_where_there_is_no_gpu_the_plain_version_draws() -> None:
+    logits, request = torch.randn(3, 50), torch.arange(3, dtype=torch.int32)
+    drawn = sample(logits, request, torch.arange(3), plain(3, torch.device("cpu")))
+    params = [SamplingParams(max_tokens=1, seed=seed) for seed in range(3)]
+    assert drawn.tolist() == [engine_sample(logits[at].numpy(), params[at], at, ANYWHERE) for at in range(3)]
+
+
+def test_disagreeing_arguments_are_refused() -> None:
+    cpu = torch.device("cpu")
+    logits, request, position = torch.zeros(2, 40), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    two, history = on(cpu, [1.0, 1.0]), torch.zeros(2, 40, dtype=torch.int32)
+    ids = torch.zeros(2, 3, dtype=torch.int32)
+    wrong = {
+        "bias.values": plain(2, cpu, bias=Bias(ids, torch.zeros(2, 4).double())),
+        "penalties.history": plain(2, cpu, penalties=Penalties(history[:, :39], two, two, two)),
+        "penalties.presence": plain(2, cpu, penalties=Penalties(history, two, two, two[:1])),
+        "mask": plain(2, cpu, mask=ids),
+        "cuts.top_p": plain(2, cpu, cuts=Cuts(ids[:, 0], two[:1], two)),
+        "seed": SamplingTables(two, position[:1]),
+    }
+    for name, tables in wrong.items():
+        with pytest.raises(ShapeError, match=f"`{name}`"):
+            sample(logits, request, position, tables)
+    for refused in (logits.double(), logits[0], logits[:, :0]):
+        with pytest.raises(ShapeError, match="`logits`"):
+            sample(refused, request, position, plain(2, cpu))
+    with pytest.raises(ShapeError, match="`request`"):
+        sample(logits, request[:1], position, plain(2, cpu))
+    with pytest.raises(ShapeError, match="`position`"):
+        sample(logits, request, position[:1], plain(2, cpu))
