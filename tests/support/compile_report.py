@@ -36,6 +36,7 @@ from kernels.gemm import _gemm_kernel, columns_of
 from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
 from kernels.prefill_attention import _prefill_kernel
+from kernels.logprobs import _part_kernel, _whole_kernel
 from kernels.rms_norm import _rms_norm_kernel
 from kernels.rope_store import _rope_store_kernel
 from kernels.sample import PART, _cut_kernel, _draw_kernel, _merge_kernel
@@ -85,6 +86,7 @@ def cases() -> Iterator[Case]:
     yield from _attentions()
     yield from _gemms()
     yield from _samples()
+    yield from _logprobs()
 
 
 def _norms() -> Iterator[Case]:
@@ -173,6 +175,20 @@ def _samples() -> Iterator[Case]:
     yield Case("sample", width, "draw, every wish", _draw_kernel, score | wishes | drawn | cut, many | parted)
     merged = {"PARTS": parts, "WIDTH": width, "BLOCK": power_of_two(parts)}
     yield Case("sample", width, "merge", _merge_kernel, part | {"tokens": "*i64"}, merged)
+
+
+def _logprobs() -> Iterator[Case]:
+    width = 151_936
+    block = launch_for("logprobs", width, DEVICE).block_n
+    parts = -(-width // block)
+    found = {"sums": "*fp32", "best": "*fp32", "best_ids": "*i32", "logits": "*fp32"}
+    answer = {"tokens": "*i64", "selected": "*fp32", "top_ids": "*i32", "top": "*fp32"}
+    for count in (0, 20, 32):
+        kept = max(1, count)
+        constants = {"WIDTH": width, "PARTS": parts, "KEPT": kept}
+        yield Case("logprobs", width, f"parts, {count} likeliest", _part_kernel, found, constants | {"BLOCK": block})
+        constants |= {"ALTERNATIVES": count, "PART_BLOCK": power_of_two(parts), "BLOCK": power_of_two(parts * kept)}
+        yield Case("logprobs", width, f"whole, {count} likeliest", _whole_kernel, found | answer, constants)
 
 
 def compile_case(case: Case) -> Resources:
