@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.jit import INTERPRETED, Block, Pointer, jit, narrow, product, tl
-from kernels.launch import Launch, device_of, launch_for
+from kernels.launch import Launch, device_of, launch_for, power_of_two
 from kernels.shape import ShapeError, check_shape
 from kernels.silu_mul import gated, silu_mul_reference
 
@@ -79,6 +79,11 @@ def columns_of(launch: Launch, width: int, row_tiles: int, silu: bool = False) -
     return block
 
 
+def step_of(launch: Launch, depth: int) -> int:
+    """Return the depth of a step: what the table says, and for a short K no more than holds it."""
+    return min(launch.block_k, power_of_two(depth))
+
+
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, silu: bool, launch: Launch | None) -> Tensor:
     rows, depth = x.shape
     launch = launch or launch_for("gemm", rows, device_of(x))
@@ -96,7 +101,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, silu: bo
         SILU=silu,
         BLOCK_M=launch.block_m,
         BLOCK_N=block_n,
-        BLOCK_K=launch.block_k,
+        BLOCK_K=step_of(launch, depth),
         PLAIN=INTERPRETED,
         **launch.options,
     )

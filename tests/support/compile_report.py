@@ -33,6 +33,9 @@ from triton.compiler import ASTSource
 from kernels.attention_state import SEGMENT, TILE
 from kernels.decode_attention import _decode_kernel, _merge_kernel
 from kernels.gemm import _gemm_kernel, columns_of
+from kernels.experts import _combine_kernel
+from kernels.gemm import _gemm_kernel, columns_of, step_of
+from kernels.grouped import _grouped_kernel
 from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
 from kernels.prefill_attention import _prefill_kernel
@@ -87,6 +90,7 @@ def cases() -> Iterator[Case]:
     yield from _gemms()
     yield from _samples()
     yield from _logprobs()
+    yield from _groups()
 
 
 def _norms() -> Iterator[Case]:
@@ -149,7 +153,7 @@ def _gemms() -> Iterator[Case]:
         ):
             types = dict.fromkeys(("x", "weight", "out"), dtype) | {"rows": "i32"}
             types |= {} if silu else {"bias": dtype}
-            blocks = {"BLOCK_M": launch.block_m, "BLOCK_K": launch.block_k, "PLAIN": False}
+            blocks = {"BLOCK_M": launch.block_m, "BLOCK_K": step_of(launch, depth), "PLAIN": False}
             blocks["BLOCK_N"] = columns_of(launch, width, -(-rows // launch.block_m), silu)
             constants = {"WIDTH": width, "DEPTH": depth, "SILU": silu, **blocks}
             label = f"{rows} × {width} × {depth}{' silu' if silu else ''}"
@@ -189,6 +193,29 @@ def _logprobs() -> Iterator[Case]:
         yield Case("logprobs", width, f"parts, {count} likeliest", _part_kernel, found, constants | {"BLOCK": block})
         constants |= {"ALTERNATIVES": count, "PART_BLOCK": power_of_two(parts), "BLOCK": power_of_two(parts * kept)}
         yield Case("logprobs", width, f"whole, {count} likeliest", _whole_kernel, found | answer, constants)
+
+
+def _groups() -> Iterator[Case]:
+    for rows, count, width, depth, mode in (  # rows of a group on average
+        (1, 128, 768, 2048, "silu"),
+        (16, 128, 2048, 768, "choices"),
+        (64, 128, 768, 2048, "silu"),
+        (2048, 8, 4096, 14336, "choices"),
+        (2048, 8, 14336, 4096, "silu"),
+        (2, 64, 16, 4096, "shrink"),
+        (2, 64, 6144, 16, "add"),
+        (512, 4, 6144, 64, "add"),
+    ):
+        launch = launch_for("gemm", rows, DEVICE)
+        types = dict.fromkeys(("x", "weight", "out"), "*bf16") | {"order": "*i64", "starts": "*i32", "tiles": "i32"}
+        blocks = {"BLOCK_M": launch.block_m, "BLOCK_K": step_of(launch, depth), "PLAIN": False}
+        blocks["BLOCK_N"] = columns_of(launch, width, count, mode == "silu")
+        constants = {"CHOICES": 8 if mode == "silu" else 1, "SILU": mode == "silu", "ADD": mode == "add"}
+        constants |= {"COUNT": count, "GROUPS": power_of_two(count), "WIDTH": width, "DEPTH": depth, **blocks}
+        yield Case("gemm", rows, f"{rows} of {count} × {width} × {depth} {mode}", _grouped_kernel, types, constants)
+    types = {"outputs": "*bf16", "weights": "*fp32", "out": "*bf16"}
+    constants = {"CHOICES": 8, "WIDTH": 4096, "BLOCK": launch_for("experts", 4096, DEVICE).block_n, "PLAIN": False}
+    yield Case("experts", 4096, "combine", _combine_kernel, types, constants)
 
 
 def compile_case(case: Case) -> Resources:
