@@ -24,7 +24,7 @@ __all__ = ["INTERPRETED", "Block", "Pointer", "Scalar", "jit", "narrow", "produc
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 
 # Arguments that change from step to step: compiled for no value of theirs, nor for what divides it.
-VARYING = ("rows", "tokens", "sequences", "table_width", "segments", "window", "tiles")
+VARYING = ("rows", "tokens", "sequences", "table_width", "segments", "window", "tiles", "spare_slot")
 
 if TYPE_CHECKING or triton is None:
     Pointer = Any  # to the first element of a contiguous tensor; the comment gives its shape and dtype

@@ -56,6 +56,7 @@ TABLE = (
     Entry("gemm", ANY, 64, Launch(warps=4, stages=4, block_m=64, block_n=64, block_k=128)),
     Entry("gemm", ANY, 1 << 30, Launch(warps=8, stages=3, block_m=128, block_n=128, block_k=128)),
     Entry("experts", ANY, 1 << 30, Launch(warps=4, stages=1, block_n=1024)),  # elements of a row
+    Entry("prepare", ANY, 1 << 30, Launch(warps=4, stages=1, block_m=128)),  # tokens of a step
     Entry("sample", ANY, 1 << 30, Launch(warps=16, stages=1, block_n=1024)),  # the vocabulary
     Entry("logprobs", ANY, 1 << 30, Launch(warps=8, stages=1, block_n=4096)),  # the vocabulary
 )

@@ -40,6 +40,7 @@ from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
 from kernels.prefill_attention import _prefill_kernel
 from kernels.logprobs import _part_kernel, _whole_kernel
+from kernels.prepare import _advance_kernel, _prepare_kernel
 from kernels.rms_norm import _rms_norm_kernel
 from kernels.rope_store import _rope_store_kernel
 from kernels.sample import PART, _cut_kernel, _draw_kernel, _merge_kernel
@@ -91,6 +92,7 @@ def cases() -> Iterator[Case]:
     yield from _samples()
     yield from _logprobs()
     yield from _groups()
+    yield from _steps()
 
 
 def _norms() -> Iterator[Case]:
@@ -216,6 +218,17 @@ def _groups() -> Iterator[Case]:
     types = {"outputs": "*bf16", "weights": "*fp32", "out": "*bf16"}
     constants = {"CHOICES": 8, "WIDTH": 4096, "BLOCK": launch_for("experts", 4096, DEVICE).block_n, "PLAIN": False}
     yield Case("experts", 4096, "combine", _combine_kernel, types, constants)
+
+
+def _steps() -> Iterator[Case]:
+    constants = {"BLOCK": launch_for("prepare", 8192, DEVICE).block_m}
+    tables = dict.fromkeys(("known", "computed", "sequence", "starts"), "*i32") | {"most_tokens": "i32"}
+    read = {"block_table": "*i32", "context": "*i32"} | dict.fromkeys(("token_out", "position_out", "slot_out"), "*i64")
+    read |= dict.fromkeys(("tokens", "sequences", "table_width", "spare_slot"), "i32")
+    halved = {"PAGE": 16, "HALVINGS": 8}
+    yield Case("prepare", 8192, "inputs", _prepare_kernel, tables | read, constants | halved)
+    drawn = {"length": "*i32", "history": "*i32", "drawing": "*i32", "drawn": "*i64", "sequences": "i32", "rows": "i32"}
+    yield Case("prepare", 256, "advance", _advance_kernel, tables | drawn, constants | {"VOCABULARY": 151_936})
 
 
 def compile_case(case: Case) -> Resources:
