@@ -123,7 +123,7 @@ def sample_triton(logits: Tensor, request: Tensor, position: Tensor, tables: Sam
         BLOCK=launch.block_n,
         **launch.options,
     )
-    _merge_kernel[(rows,)](values, ids, tokens, PARTS=parts, WIDTH=width, BLOCK=power_of_two(parts), **launch.options)
+    _best_kernel[(rows,)](values, ids, tokens, PARTS=parts, WIDTH=width, BLOCK=power_of_two(parts), **launch.options)
     return tokens
 
 
@@ -461,7 +461,7 @@ def _draw_kernel(
 
 
 @jit
-def _merge_kernel(
+def _best_kernel(
     values: Pointer,  # [R, PARTS] float64
     ids: Pointer,  # [R, PARTS] int32
     tokens: Pointer,  # [R] int64

@@ -32,18 +32,17 @@ from triton.compiler import ASTSource
 
 from kernels.attention_state import SEGMENT, TILE
 from kernels.decode_attention import _decode_kernel, _merge_kernel
-from kernels.gemm import _gemm_kernel, columns_of
 from kernels.experts import _combine_kernel
 from kernels.gemm import _gemm_kernel, columns_of, step_of
 from kernels.grouped import _grouped_kernel
 from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
-from kernels.prefill_attention import _prefill_kernel
 from kernels.logprobs import _part_kernel, _whole_kernel
+from kernels.prefill_attention import _prefill_kernel
 from kernels.prepare import _advance_kernel, _prepare_kernel
 from kernels.rms_norm import _rms_norm_kernel
 from kernels.rope_store import _rope_store_kernel
-from kernels.sample import PART, _cut_kernel, _draw_kernel, _merge_kernel
+from kernels.sample import PART, _best_kernel, _cut_kernel, _draw_kernel
 from kernels.silu_mul import _silu_mul_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -145,6 +144,8 @@ def _case(
     """Return a case of the arguments that `kernel` has."""
     of_kernel = [{name: given[name] for name in kernel.arg_names if name in given} for given in (types, constants)]
     return Case(operation, size, label, kernel, *of_kernel)
+
+
 def _gemms() -> Iterator[Case]:
     for rows in (16, 32, 64, 2048):
         launch = launch_for("gemm", rows, DEVICE)
@@ -180,7 +181,7 @@ def _samples() -> Iterator[Case]:
     yield Case("sample", width, "draw", _draw_kernel, score | drawn, few | parted)
     yield Case("sample", width, "draw, every wish", _draw_kernel, score | wishes | drawn | cut, many | parted)
     merged = {"PARTS": parts, "WIDTH": width, "BLOCK": power_of_two(parts)}
-    yield Case("sample", width, "merge", _merge_kernel, part | {"tokens": "*i64"}, merged)
+    yield Case("sample", width, "best", _best_kernel, part | {"tokens": "*i64"}, merged)
 
 
 def _logprobs() -> Iterator[Case]:
