@@ -41,8 +41,8 @@ class Mixture:
         return among_nan(x), chosen.to(self.device), among_nan(weights.to(self.device))
 
 
-@pytest.mark.parametrize(("count", "choices"), [(1, 1), (3, 2), (20, 4)])
-@pytest.mark.parametrize("rows", [1, 37])
+@pytest.mark.parametrize(("count", "choices"), [(1, 1), (3, 2), (12, 3)])
+@pytest.mark.parametrize("rows", [1, 29])
 def test_they_equal_the_reference_between_poison(
     count: int, choices: int, rows: int, device: torch.device, generator: torch.Generator
 ) -> None:

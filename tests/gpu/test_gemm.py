@@ -16,8 +16,8 @@ from tests.support.batches import parts
 from tests.support.poison import among_nan
 
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
-SHAPES = [(1, 1), (17, 100), (33, 129), (100, 256), (131, 1000)]  # N, K
-ROWS = [1, 16, 17, 65]
+SHAPES = [(1, 1), (17, 100), (33, 129), (131, 600)]  # N, K
+ROWS = [1, 17, 65]
 LAUNCHES = sorted({entry.launch for entry in TABLE if entry.operation == "gemm"}, key=lambda launch: launch.block_m)
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -61,8 +61,8 @@ def test_every_tile_of_the_table_gives_a_row_the_same_bits(device: torch.device,
 def test_the_bits_of_a_row_do_not_depend_on_how_many_there_are_and_where(
     device: torch.device, generator: torch.Generator
 ) -> None:
-    x = draw(generator, device, torch.bfloat16, 260 if INTERPRETED else 2100, 150)
-    weight = draw(generator, device, torch.bfloat16, 40, 150)
+    x = draw(generator, device, torch.bfloat16, 260 if INTERPRETED else 2100, 90)
+    weight = draw(generator, device, torch.bfloat16, 20, 90)
     whole, gated = gemm(x, weight), gemm_silu_mul(x, weight)
     for part in parts(len(x)):
         assert torch.equal(gemm(x[part], weight), whole[part])
@@ -123,7 +123,7 @@ def test_disagreeing_arguments_are_refused(device: torch.device) -> None:
 
 def test_start_up_finds_the_product_invariant(device: torch.device) -> None:
     most = 130 if INTERPRETED else 2048
-    assert verify_invariance(gemm, (33, 173), torch.bfloat16, most, device.type)
+    assert verify_invariance(gemm, (16, 173), torch.bfloat16, most, device.type)
 
 
 def test_few_rows_go_to_our_own_product_and_many_to_the_library(

@@ -23,7 +23,7 @@ def owners(generator: torch.Generator, rows: int, count: int, device: torch.devi
 
 
 @dtypes
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (7, 3), (40, 3), (40, 33), (150, 2)])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (7, 3), (40, 3), (20, 17), (150, 2)])
 def test_every_row_is_what_the_product_with_its_groups_matrix_gives(
     rows: int, count: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> None:
