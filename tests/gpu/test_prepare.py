@@ -100,7 +100,7 @@ def test_what_fills_up_a_step_may_name_a_sequence_that_is_in_it(device: torch.de
         *(torch.full((2,), 3, dtype=torch.int32, device=device) for _ in range(2)),
         torch.zeros(2, 1, dtype=torch.int32, device=device),
     )
-    step = Step(*(torch.tensor(one, dtype=torch.int32, device=device) for one in ([1, 0, 0], [0, 1, 1, 1])))
+    step = Step(*(torch.tensor(one, dtype=torch.int32, device=device) for one in ([1, 1, 1], [0, 1, 1, 1])))
     none = torch.empty(0, dtype=torch.int64, device=device)
     advance_triton(tables, step, none.int(), none)
     assert tables.computed.tolist() == [3, 4]

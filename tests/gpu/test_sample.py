@@ -195,6 +195,31 @@ def test_bias_stands_before_penalties_and_is_found_wherever_a_block_begins(devic
     assert drawn == expected
 
 
+def test_a_token_of_the_prompt_alone_is_repeated_but_neither_frequent_nor_present(device: torch.device) -> None:
+    """Four requests, each with one penalty or none; token 1 is in the prompt, 2 in the output, 3 in it three times."""
+    history = torch.tensor([0, 1, 2, 7, 0, 0], dtype=torch.int32, device=device).repeat(4, 1)
+    one, none = 1.0, 0.0
+    penalties = Penalties(
+        history,
+        repetition=on(device, [one, 2.0, one, one]),
+        frequency=on(device, [none, none, 1.0, none]),
+        presence=on(device, [none, none, none, 1.0]),
+    )
+    tables = SamplingTables(on(device, [0.0] * 4), on(device, [0] * 4, torch.int64), penalties=penalties)
+    request, position = on(device, [0, 1, 2, 3], torch.int32), on(device, [0] * 4, torch.int64)
+
+    def likeliest(*row: float) -> list[int]:
+        logits = torch.tensor([row] * 4, device=device)
+        drawn = sample_triton(logits, request, position, tables)
+        assert torch.equal(drawn, sample_reference(logits, request, position, tables))
+        return drawn.tolist()
+
+    assert likeliest(0, 4, 0, 0, 3.5, 0) == [1, 4, 1, 1]
+    assert likeliest(0, 0, 4, 0, 3.5, 3.2) == [2, 4, 4, 4]
+    assert likeliest(0, 0, 0, 4, 2.5, 0) == [3, 4, 4, 3]
+    assert likeliest(-3, -4, -1.8, -1.6, -2.4, -2.7) == [3, 4, 4, 4]
+
+
 def test_the_noise_of_the_reference_is_the_engines() -> None:
     ids = torch.arange(1000)
     for seed, position in ((0, 0), (1, 2), (2**63 - 1, 2**40)):
