@@ -143,6 +143,20 @@ def test_one_request_may_be_drawn_for_at_many_positions(device: torch.device, ge
     assert len(set(drawn.tolist())) > 20
 
 
+def test_min_p_leaves_what_is_near_enough_to_the_best_and_all_of_it(device: torch.device) -> None:
+    row = torch.tensor([0.04, 0.5, 1.0, 0.05, 0.15, 0.26]).log() + 7
+    cuts = Cuts(on(device, [0], torch.int32), on(device, [1.0]), on(device, [0.1]))
+    drawn = sample_triton(
+        row.to(device).expand(150, -1),
+        torch.zeros(150, dtype=torch.int32, device=device),
+        torch.arange(150, device=device),
+        plain(1, device, cuts=cuts),
+    )
+    params = SamplingParams(max_tokens=1, seed=0, min_p=0.1)
+    assert drawn.tolist() == [engine_sample(row.numpy(), params, at) for at in range(150)]
+    assert set(drawn.tolist()) == {1, 2, 4, 5}
+
+
 def test_ties_go_to_the_lowest_id_over_all_parts_of_a_row(device: torch.device) -> None:
     logits = torch.zeros(2, 20_000, device=device)
     logits[1, [9_000, 17_000, 19_999]] = 1
