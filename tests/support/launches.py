@@ -19,10 +19,17 @@ from triton.backends.compiler import GPUTarget
 
 from kernels.attention_state import FULL, AttentionVariant
 from kernels.decode_attention import decode_attention_triton
+from kernels.experts import combine_triton
+from kernels.gemm import gemm, gemm_silu_mul
+from kernels.grouped import group_rows, grouped_product_triton
 from kernels.jit import INTERPRETED
+from kernels.logprobs import logprobs_triton
+from kernels.low_rank import LowRankStack, add_low_rank_batch_triton
 from kernels.prefill_attention import prefill_attention_triton
+from kernels.prepare import SequenceTables, Step, advance_triton, prepare_triton
 from kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from kernels.rope_store import HeadNorm, rope_store_triton
+from kernels.sample import Bias, Cuts, Penalties, SamplingTables, sample_triton
 from kernels.silu_mul import silu_mul_triton
 
 MOST_SHARED = 232_448  # bytes of a program on sm_90
@@ -90,12 +97,50 @@ def attention() -> None:
         prefill_attention_triton(query, cache, cache, table, starts, lengths, 0.1, variant)
 
 
+def products() -> None:
+    x, weight, bias = torch.zeros(3, 80).bfloat16(), torch.zeros(48, 80).bfloat16(), torch.zeros(48).bfloat16()
+    for rows in (x[:1], x, x.repeat(6, 1), x.repeat(30, 1)):
+        gemm(rows, weight)
+        gemm(rows, weight, bias)
+        gemm_silu_mul(rows, weight)
+    groups = group_rows(torch.tensor([0, 1, 1]), 2)
+    grouped_product_triton(x, weight.repeat(2, 1, 1), groups, torch.zeros(3, 24).bfloat16(), silu=True)
+    stack = LowRankStack(torch.zeros(2, 4, 80).bfloat16(), torch.zeros(2, 48, 4).bfloat16())
+    add_low_rank_batch_triton(torch.zeros(3, 48).bfloat16(), x, groups, stack)
+    combine_triton(torch.zeros(3, 2, 80).bfloat16(), torch.zeros(3, 2))
+
+
+def vocabulary() -> None:
+    logits, request, at = torch.zeros(2, 70), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.long)
+    one = torch.ones(2, dtype=torch.float64)
+    ids, history = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 70, dtype=torch.int32)
+    cuts, penalties = Cuts(request, one, one), Penalties(history, one, one, one)
+    sample_triton(logits, request, at, SamplingTables(one, at))
+    sample_triton(logits, request, at, SamplingTables(one, at, cuts=cuts))
+    bias = Bias(ids, torch.zeros(2, 3).double())
+    sample_triton(logits, request, at, SamplingTables(one, at, bias, penalties, ids, cuts))
+    for alternatives in (0, 5):
+        logprobs_triton(logits, at, alternatives)
+
+
+def steps() -> None:
+    one, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 9, dtype=torch.int32)
+    step = Step(one, torch.arange(3, dtype=torch.int32))
+    for history in (None, table):
+        tables = SequenceTables(table, one, one, table, history)
+        prepare_triton(tables, step, 2, 16, 0)
+        advance_triton(tables, step, one, torch.zeros(2, dtype=torch.long))
+
+
 def main() -> None:
     if INTERPRETED:
         raise SystemExit("unset `TRITON_INTERPRET`: the interpreter launches nothing")
     triton.runtime.driver.set_active(HeadlessDriver())
     elementwise()
     attention()
+    products()
+    vocabulary()
+    steps()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def test_no_sum_of_attention_takes_a_product_in_where_the_other_kernel_might_not
     assert [used for used in report if "attention" in used["operation"] and used["contracted"]] == []
 
 
+def test_products_of_many_rows_reach_them_too_and_round_gate_and_up_apart(report: list[dict[str, Any]]) -> None:
+    products = [used for used in report if used["operation"] == "gemm"]
+    assert {used["wgmma"] for used in products if used["size"] >= 64} == {True}
+    assert [used for used in products if used["contracted"]] == []
+
+
 def test_every_entry_of_the_table_that_has_a_kernel_was_compiled(report: list[dict[str, Any]]) -> None:
     def chosen(used: dict[str, Any]) -> Entry:
         return next(e for e in TABLE if e.operation == used["operation"] and used["size"] <= e.at_most)
