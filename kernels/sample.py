@@ -11,7 +11,10 @@ argmax, in float64. Ties go to the lowest id, everywhere. A token's noise is a c
 Top-k and top-p are a threshold each, found by search among the values that a float64 can have, in ascending order of
 their bits as integers: each pass over a row counts, or adds up the weights of, what lies above three candidates and
 keeps a quarter of the range, until one token or one value is left in it. Of tokens that are equal at the threshold the
-lowest ids stay. At most 33 passes each, fewer by far where values differ; none for rows that do not ask.
+lowest ids stay. At most 33 passes each, none for rows that do not ask. Where values differ they are fewer by far: two
+to seven for random rows of 151,936, counted on a CPU, since the search begins near the best. The pass that finds the
+highest score finds that of every column of the row laid out in blocks, too; as many tokens as there are columns, 1,024,
+lie at or above the lowest of these.
 
 Numeric contract: a row's token depends on its logits, parameters and position alone. What is added up, the mass that
 top-p looks at, is added up by one program in an order fixed by the vocabulary and the launch table; whatever several
@@ -271,19 +274,24 @@ def _cut_kernel(
         if held > 0:
             most = tl.max(highest, axis=0)
             floor = _ordered(tl.min(lowest, axis=0))
+            near = tl.maximum(_ordered(tl.min(highest, axis=0)), floor)  # BLOCK tokens are there, or it is the lowest
             if (count > 0) & (count < held):
+                low = tl.where(count <= BLOCK, near, floor)
                 floor, final = _search(
-                    count.to(tl.float64), floor, _ordered(most) + 1, held, floor, final, most, False,
+                    count.to(tl.float64), low, _ordered(most) + 1, held, floor, final, most, False,
                     row, of, logits, temperature, bias_ids, biases, history, repetition, frequency,
                     presence, mask, WIDTH, BIASES, BIAS_BLOCK, BLOCK)  # fmt: skip
                 held = count
             if share < 1:
-                total, _, _, _, _, _ = _measure(
-                    floor, floor, floor, floor, final, most, True,
+                near = tl.maximum(near, floor)
+                total, reached, _, _, held_near, _ = _measure(
+                    floor, near, near, floor, final, most, True,
                     row, of, logits, temperature, bias_ids, biases, history, repetition, frequency,
                     presence, mask, WIDTH, BIASES, BIAS_BLOCK, BLOCK)  # fmt: skip
+                enough = reached >= share * total
+                low, held = tl.where(enough, near, floor), tl.where(enough, held_near, held)
                 floor, final = _search(
-                    share * total, floor, _ordered(most) + 1, held, floor, final, most, True,
+                    share * total, low, _ordered(most) + 1, held, floor, final, most, True,
                     row, of, logits, temperature, bias_ids, biases, history, repetition, frequency,
                     presence, mask, WIDTH, BIASES, BIAS_BLOCK, BLOCK)  # fmt: skip
     tl.store(edge + row, floor)
@@ -296,7 +304,7 @@ def _search(
     target: Block,  # > 0
     low: Block,  # what lies at or above it reaches the target
     high: Block,  # what lies at or above it does not
-    held: Block,  # how many tokens lie in between
+    held: Block,  # how many tokens lie in between, or more
     floor: Block,  # the tokens looked at: above this threshold,
     final: Block,  # and of those on it up to this id
     most: Block,
@@ -395,11 +403,12 @@ def _measure(
         count_1 += (member & (key >= first)).to(tl.int32)
         count_2 += (member & (key >= second)).to(tl.int32)
         count_3 += (member & (key >= third)).to(tl.int32)
-        if BY_MASS:
-            weight = tl.where(member, tl.exp(score - most), 0.0)
-            mass_1 += tl.where(key >= first, weight, 0.0)
-            mass_2 += tl.where(key >= second, weight, 0.0)
-            mass_3 += tl.where(key >= third, weight, 0.0)
+        if BY_MASS:  # noqa: SIM102 — known to the compiler, the other is not
+            if tl.max(key, axis=0) >= first:  # most blocks have no token that weighs
+                weight = tl.where(member, tl.exp(score - most), 0.0)
+                mass_1 += tl.where(key >= first, weight, 0.0)
+                mass_2 += tl.where(key >= second, weight, 0.0)
+                mass_3 += tl.where(key >= third, weight, 0.0)
     held_1, held_2, held_3 = tl.sum(count_1, axis=0), tl.sum(count_2, axis=0), tl.sum(count_3, axis=0)
     if BY_MASS:
         return tl.sum(mass_1, axis=0), tl.sum(mass_2, axis=0), tl.sum(mass_3, axis=0), held_1, held_2, held_3

@@ -39,6 +39,8 @@ SPECIAL = {
     "one is left": torch.full((300,), -torch.inf).index_fill(0, torch.tensor([123]), -50.0),
     "few are left": torch.full((300,), -torch.inf).index_fill(0, torch.tensor([5, 123, 299]), 2.0),
     "next to each other": 1 + torch.arange(300).float() * 2**-23,
+    "wide, many ties": torch.arange(2100).remainder(7).float() - 3,
+    "wide, one stands out": torch.arange(2100).remainder(1024).eq(5).float() * 9,
     "falling": -torch.arange(2000).float() / 100,
 }
 
@@ -90,7 +92,7 @@ def test_what_top_k_and_top_p_leave_is_exact_where_values_are_alike_or_far_apart
     name: str, device: torch.device
 ) -> None:
     row = SPECIAL[name]
-    asked = [(0, 1.0), (0, 1e-9), (0, 0.3), (0, 0.999), (1, 0.5), (7, 1.0), (150, 0.3)]
+    asked = [(0, 1.0), (0, 1e-9), (0, 0.3), (0, 0.999), (1, 0.5), (7, 1.0), (150, 0.3), (1024, 1.0), (1500, 1.0)]
     cuts = Cuts(
         on(device, [k for k, _ in asked], torch.int32),
         on(device, [p for _, p in asked]),
