@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from kernels.linear import Linear, linear, linear_fixed_tiles, linear_reference, probed_rows, verify_invariance
 from kernels.shape import ShapeError
 
+ROOT = Path(__file__).parents[3]
 FUNCTIONS = [linear, linear_fixed_tiles]
 
 
@@ -49,3 +54,16 @@ def test_disagreeing_arguments_are_refused(function: Linear) -> None:
             function(x, weight, None)
     with pytest.raises(ShapeError, match="`bias`"):
         function(draw(2, 3), draw(4, 3), draw(3))
+
+
+def test_the_library_is_told_not_to_split_k_before_cuda_starts() -> None:
+    told = "m.allow_tf32, m.allow_bf16_reduced_precision_reduction, m.allow_bf16_reduced_precision_reduction_split_k"
+    program = f"""
+import os, torch
+from kernels.linear import forbid_split_k
+forbid_split_k()
+m = torch.backends.cuda.matmul
+print(os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["CUBLASLT_WORKSPACE_SIZE"], {told})
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [":16:8", "1", "False", "False", "False"]
