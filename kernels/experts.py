@@ -19,7 +19,7 @@ from kernels.gemm import gemm_reference, gemm_silu_mul_reference
 from kernels.grouped import Groups, group_rows, grouped_product
 from kernels.jit import INTERPRETED, Pointer, jit, narrow, tl
 from kernels.launch import device_of, launch_for
-from kernels.shape import ShapeError, check_shape
+from kernels.shape import ShapeError, check_layout, check_shape
 
 
 def experts(
@@ -124,3 +124,4 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights: Te
         raise ShapeError(f"`chosen` has shape {list(chosen.shape)}, not [T, C]")
     check_shape("chosen", chosen, x.shape[0], chosen.shape[1])
     check_shape("weights", weights, *chosen.shape)
+    check_layout("weights", weights, torch.float32)

@@ -93,7 +93,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, silu: bo
     _gemm_kernel[(row_tiles * -(-width // block_n),)](
         x.contiguous(),
         weight.contiguous(),
-        bias,
+        None if bias is None else bias.contiguous(),
         out,
         rows,
         WIDTH=width,

@@ -19,7 +19,7 @@ from kernels.gemm import columns_of, step_of, tile_product
 from kernels.jit import INTERPRETED, Block, Pointer, jit, narrow, tl
 from kernels.launch import device_of, launch_for, power_of_two
 from kernels.linear import linear_fixed_tiles
-from kernels.shape import ShapeError, check_shape
+from kernels.shape import ShapeError, check_layout, check_shape
 from kernels.silu_mul import silu_mul
 
 MOST_GROUPS = 1024
@@ -76,7 +76,14 @@ def grouped_product(
 def grouped_product_triton(
     x: Tensor, weight: Tensor, groups: Groups, out: Tensor, choices: int = 1, silu: bool = False, add: bool = False
 ) -> None:
-    """Do `grouped_product` by the kernel. `out` is contiguous."""
+    """Do `grouped_product` by the kernel.
+
+    Raises:
+        ShapeError: `out` or `groups` is not contiguous, or of another dtype.
+    """
+    check_layout("out", out, x.dtype)
+    check_layout("order", groups.order, torch.int64)
+    check_layout("starts", groups.starts, torch.int32)
     rows, (width, depth) = groups.order.shape[0], (out.shape[1], x.shape[1])
     if rows == 0:
         return

@@ -87,7 +87,7 @@ def logprobs_triton(logits: Tensor, tokens: Tensor, alternatives: int) -> Logpro
     )
     _whole_kernel[(rows,)](
         logits,
-        tokens,
+        tokens.contiguous(),
         sums,
         best,
         best_ids,

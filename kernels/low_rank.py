@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels.grouped import Groups, grouped_product_triton
 from kernels.linear import TILE_M
-from kernels.shape import ShapeError, check_shape
+from kernels.shape import ShapeError, check_layout, check_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,12 @@ def add_low_rank_batch(
 
 
 def add_low_rank_batch_triton(product: Tensor, x: Tensor, groups: Groups, stack: LowRankStack) -> None:
-    """Do `add_low_rank_batch` by the kernel. `product` is contiguous."""
+    """Do `add_low_rank_batch` by the kernel.
+
+    Raises:
+        ShapeError: `product` or `groups` is not contiguous, or of another dtype.
+    """
+    check_layout("product", product, x.dtype)
     inner = x.new_empty(x.shape[0], stack.down.shape[1])
     grouped_product_triton(x, stack.down, groups, inner)
     grouped_product_triton(inner, stack.up, groups, product, add=True)

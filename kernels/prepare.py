@@ -16,14 +16,14 @@ by binary search, so that the host is not asked. Knows no sequence but by its ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from kernels.jit import Pointer, jit, tl
 from kernels.launch import device_of, launch_for, power_of_two
-from kernels.shape import ShapeError, check_shape
+from kernels.shape import ShapeError, check_layout, check_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +174,8 @@ def advance(
     """
     _check(tables, step)
     check_shape("drawn", drawn, *drawing.shape)
+    check_layout("drawing", drawing, torch.int32)
+    check_layout("drawn", drawn, torch.int64)
     if step.sequence.is_cuda:
         advance_triton(tables, step, drawing, drawn)
         return
@@ -269,3 +271,8 @@ def _check(tables: SequenceTables, step: Step) -> None:
     if step.sequence.ndim != 1 or step.sequence.shape[0] < 1:
         raise ShapeError(f"`sequence` has shape {list(step.sequence.shape)}, not [Q] with 1 ≤ Q")
     check_shape("starts", step.starts, step.sequence.shape[0] + 1)
+    for one in (tables, step):
+        for field in fields(one):
+            tensor = getattr(one, field.name)
+            if tensor is not None:
+                check_layout(field.name, tensor, torch.int32)

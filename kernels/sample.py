@@ -28,6 +28,7 @@ Source: Gumbel-max trick (Maddison et al., 2014); mix is the finaliser of SplitM
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from kernels.jit import Block, Pointer, jit, tl
 from kernels.launch import device_of, launch_for, power_of_two
-from kernels.shape import ShapeError, check_shape
+from kernels.shape import ShapeError, check_layout, check_shape
 
 PART = 8192  # tokens that a program draws among
 WORD = 32  # tokens of a word of a mask
@@ -591,19 +592,29 @@ def _check(logits: Tensor, request: Tensor, position: Tensor, tables: SamplingTa
     rows, width = logits.shape
     check_shape("request", request, rows)
     check_shape("position", position, rows)
-    requests = tables.temperature.shape[0]
-    bias, penalties, cuts = tables.bias, tables.penalties, tables.cuts
-    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"seed": (tables.seed, (requests,))}
-    if bias is not None:
-        shapes |= {"bias.ids": (bias.ids, (requests, bias.ids.shape[-1]))}
-        shapes |= {"bias.values": (bias.values, tuple(bias.ids.shape))}
-    if penalties is not None:
-        shapes |= {"penalties.history": (penalties.history, (requests, width))}
-        for name in ("repetition", "frequency", "presence"):
-            shapes |= {f"penalties.{name}": (getattr(penalties, name), (requests,))}
-    if tables.mask is not None:
-        shapes |= {"mask": (tables.mask, (requests, -(-width // WORD)))}
-    if cuts is not None:
-        shapes |= {f"cuts.{name}": (getattr(cuts, name), (requests,)) for name in ("top_k", "top_p", "min_p")}
-    for name, (tensor, shape) in shapes.items():
+    check_layout("request", request, torch.int32)
+    check_layout("position", position, torch.int64)
+    for name, tensor, dtype, shape in _declared(tables, width):
         check_shape(name, tensor, *shape)
+        check_layout(name, tensor, dtype)
+
+
+def _declared(tables: SamplingTables, width: int) -> Iterator[tuple[str, Tensor, torch.dtype, tuple[int, ...]]]:
+    """Yield every table that there is, with the dtype and shape that it is declared to have."""
+    bias, penalties, mask, cuts = tables.bias, tables.penalties, tables.mask, tables.cuts
+    requests = (tables.temperature.shape[0],)
+    yield "temperature", tables.temperature, torch.float64, requests
+    yield "seed", tables.seed, torch.int64, requests
+    if bias is not None:
+        yield "bias.ids", bias.ids, torch.int32, (*requests, bias.ids.shape[-1])
+        yield "bias.values", bias.values, torch.float64, tuple(bias.ids.shape)
+    if penalties is not None:
+        yield "penalties.history", penalties.history, torch.int32, (*requests, width)
+        for name in ("repetition", "frequency", "presence"):
+            yield f"penalties.{name}", getattr(penalties, name), torch.float64, requests
+    if mask is not None:
+        yield "mask", mask, torch.int32, (*requests, -(-width // WORD))
+    if cuts is not None:
+        yield "cuts.top_k", cuts.top_k, torch.int32, requests
+        yield "cuts.top_p", cuts.top_p, torch.float64, requests
+        yield "cuts.min_p", cuts.min_p, torch.float64, requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -13,3 +14,11 @@ def check_shape(name: str, tensor: Tensor, *shape: int) -> None:
     """Raise ShapeError unless `tensor` has exactly `shape`."""
     if tuple(tensor.shape) != shape:
         raise ShapeError(f"`{name}` has shape {list(tensor.shape)}, not {list(shape)}")
+
+
+def check_layout(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise ShapeError unless `tensor` holds `dtype`, one element beside the other."""
+    if tensor.dtype != dtype:
+        raise ShapeError(f"`{name}` holds {tensor.dtype}, not {dtype}")
+    if not tensor.is_contiguous():
+        raise ShapeError(f"`{name}` is not contiguous")

@@ -98,3 +98,5 @@ def test_disagreeing_arguments_are_refused() -> None:
     }.items():
         with pytest.raises(ShapeError, match=f"`{name}`"):
             call()
+    with pytest.raises(ShapeError, match="`weights` holds"):
+        experts(x, gate_up, down, chosen, weights.double())

@@ -106,5 +106,9 @@ def test_disagreeing_arguments_are_refused() -> None:
     }.items():
         with pytest.raises(ShapeError, match=f"`{name}`"):
             call()
+    with pytest.raises(ShapeError, match="`out` is not contiguous"):
+        grouped_product_triton(x, weight, groups, torch.zeros(6, 4).bfloat16().T)
+    with pytest.raises(ShapeError, match="`starts` holds"):
+        grouped_product_triton(x, weight, Groups(groups.order, groups.starts.long()), out)
     with pytest.raises(ShapeError, match="0 groups"):
         grouped_product(x, weight[:0], Groups(groups.order, groups.starts[:1]), out)

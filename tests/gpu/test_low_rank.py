@@ -102,5 +102,7 @@ def test_disagreeing_arguments_are_refused() -> None:
     }.items():
         with pytest.raises(ShapeError, match=f"`{name}`"):
             call()
+    with pytest.raises(ShapeError, match="`product` is not contiguous"):
+        add_low_rank_batch_triton(torch.zeros(6, 4).bfloat16().T, x, groups, stack)
     with pytest.raises(ShapeError, match=r"`stack.down`"):
         add_low_rank_batch(product, x, groups, LowRankStack(stack.down[0], stack.up))

@@ -143,5 +143,9 @@ def test_disagreeing_arguments_are_refused(generator: torch.Generator) -> None:
     }.items():
         with pytest.raises(ShapeError, match=f"`{name}`"):
             prepare(tables, other, 3, PAGE, SPARE)
+    with pytest.raises(ShapeError, match="`block_table` holds"):
+        prepare(replace(tables, block_table=tables.block_table.long()), step, 3, PAGE, SPARE)
+    with pytest.raises(ShapeError, match="`tokens` is not contiguous"):
+        prepare(replace(tables, tokens=tables.tokens[:, ::2]), step, 3, PAGE, SPARE)
     with pytest.raises(ShapeError, match="`drawn`"):
         advance(tables, step, step.sequence, torch.zeros(1, dtype=torch.int64))

@@ -266,8 +266,13 @@ def test_disagreeing_arguments_are_refused() -> None:
         "penalties.history": plain(2, cpu, penalties=Penalties(history[:, :39], two, two, two)),
         "penalties.presence": plain(2, cpu, penalties=Penalties(history, two, two, two[:1])),
         "mask": plain(2, cpu, mask=ids),
-        "cuts.top_p": plain(2, cpu, cuts=Cuts(ids[:, 0], two[:1], two)),
+        "cuts.top_p": plain(2, cpu, cuts=Cuts(request, two[:1], two)),
         "seed": SamplingTables(two, position[:1]),
+        "temperature": SamplingTables(two.float(), position),
+        "penalties.repetition": plain(
+            2, cpu, penalties=Penalties(history, history[:, 0].double()[:1].expand(2), two, two)
+        ),
+        "cuts.top_k": plain(2, cpu, cuts=Cuts(ids[:, 0], two, two)),
     }
     for name, tables in wrong.items():
         with pytest.raises(ShapeError, match=f"`{name}`"):
