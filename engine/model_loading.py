@@ -64,7 +64,8 @@ def _native(directory: Path, config: DecoderConfig, most_rows: int) -> LoadedMod
     segment = choose_segment(config)
     linears = choose_linears(config, most_rows)
     parameters = load_parameters(directory, parameter_shapes(config))
-    decoder = Decoder(config, parameters, LinearByShape(linears), SEGMENTS[segment])
+    linear = LinearByShape(linears)
+    decoder = Decoder(config, parameters, linear, SEGMENTS[segment], linear.pack)
     return LoadedModel(decoder, numeric_policy(linears, segment))
 
 

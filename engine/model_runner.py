@@ -8,6 +8,7 @@ stands in the numeric policy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,8 @@ from engine.request import TokenLogprob
 from engine.sampler import sample
 from kernels import paged_attention
 from kernels.attention_plan import AttentionPlan, plan_attention
-from kernels.linear import TILE_M, Linear, linear, linear_fixed_tiles, verify_invariance
+from kernels.linear import TILE_M, Linear, Pack, keep, linear, linear_fixed_tiles, verify_invariance
+from kernels.packed_linear import pack_for_any, pack_for_tiles, packed_linear, packed_linear_tiles, packs
 from kernels.paged_attention import SEGMENTS
 
 BYTES_PER_VALUE = 2  # bfloat16
@@ -34,25 +36,45 @@ class InvarianceUnavailable(EngineStartError):
     """No product, or no attention, of this machine gives a row the same bits among any neighbours."""
 
 
-LINEARS: dict[str, Linear] = {"library": linear, "fixed_tiles": linear_fixed_tiles}  # the faster first
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A way to multiply by a weight, and how the weight is laid out for it."""
+
+    multiply: Linear
+    pack: Pack = keep
+
+
+LINEARS = {"library": Product(linear), "fixed_tiles": Product(linear_fixed_tiles)}  # the faster first
+PACKED = {
+    "packed": Product(packed_linear, pack_for_any),
+    "packed_tiles": Product(packed_linear_tiles, pack_for_tiles),
+}
 Shape = tuple[int, int]
 
 
-def choose_linears(config: DecoderConfig, most_rows: int, linears: Mapping[str, Linear] = LINEARS) -> dict[Shape, str]:
+def products_here() -> dict[str, Product]:
+    """Return the products of this machine by name, the faster first."""
+    return {**PACKED, **LINEARS} if packs(torch.bfloat16) else LINEARS
+
+
+def choose_linears(
+    config: DecoderConfig, most_rows: int, products: Mapping[str, Product] | None = None
+) -> dict[Shape, str]:
     """Return, for every weight shape (N, K) of the model, the name of the fastest product that is invariant here.
 
     Raises:
         InvarianceUnavailable: for one of the shapes none is.
     """
-    return {shape: choose_linear(shape, most_rows, linears) for shape in sorted(set(config.linear_shapes()))}
+    products = products_here() if products is None else products
+    return {shape: choose_linear(shape, most_rows, products) for shape in sorted(set(config.linear_shapes()))}
 
 
 def choose_linear(
-    shape: Shape, most_rows: int, linears: Mapping[str, Linear] = LINEARS, dtype: torch.dtype = torch.bfloat16
+    shape: Shape, most_rows: int, products: Mapping[str, Product] = LINEARS, dtype: torch.dtype = torch.bfloat16
 ) -> str:
     """Return the name of the fastest product that is invariant here for a weight. Raises InvarianceUnavailable."""
-    for name, function in linears.items():
-        if verify_invariance(function, shape, dtype, most_rows):
+    for name, product in products.items():
+        if verify_invariance(product.multiply, shape, dtype, most_rows, pack=product.pack):
             return name
     raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
 
@@ -87,11 +109,16 @@ class LinearByShape:
     """A `kernels.linear.Linear` that takes each weight to the product chosen for its shape."""
 
     def __init__(self, chosen: Mapping[Shape, str]) -> None:
-        self._by_shape = {shape: LINEARS[name] for shape, name in chosen.items()}
+        self._by_shape = {shape: (PACKED | LINEARS)[name] for shape, name in chosen.items()}
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """Return a weight laid out for its product."""
+        rows, columns = weight.shape
+        return self._by_shape[rows, columns].pack(weight)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = weight.shape
-        return self._by_shape[rows, columns](x, weight, bias)
+        return self._by_shape[rows, columns].multiply(x, weight, bias)
 
 
 class LinearAsMet:
@@ -106,7 +133,7 @@ class LinearAsMet:
         met = ((rows, columns), weight.dtype)
         if met not in self.chosen:
             self.chosen[met] = choose_linear(met[0], self._most_rows, dtype=weight.dtype)
-        return LINEARS[self.chosen[met]](x, weight, bias)
+        return LINEARS[self.chosen[met]].multiply(x, weight, bias)
 
 
 class ModelRunner:

@@ -32,6 +32,12 @@ FEW_ROWS = 64  # up to here `linear_by_rows` takes our own product
 PROBED_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 64, 129)
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+Pack = Callable[[Tensor], Tensor]  # lays a weight out for a product
+
+
+def keep(weight: Tensor) -> Tensor:
+    """Lay a weight out as it is."""
+    return weight
 
 
 def linear(
@@ -89,7 +95,12 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 def verify_invariance(
-    function: Linear, shape: tuple[int, int], dtype: torch.dtype, most_rows: int, device: str = "cpu"
+    function: Linear,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    most_rows: int,
+    device: str = "cpu",
+    pack: Pack = keep,  # what `function` wants its weights to be
 ) -> bool:
     """Return whether `function` keeps the contract here for weights of `shape` (N, K) and up to `most_rows` rows.
 
@@ -97,7 +108,7 @@ def verify_invariance(
     """
     n, k = shape
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(n, k, generator=generator, dtype=dtype).to(device)
+    weight = pack(torch.randn(n, k, generator=generator, dtype=dtype).to(device))
     x = torch.randn(most_rows + 1, k, generator=generator, dtype=dtype).to(device)
     whole = function(x, weight, None)
     return all(

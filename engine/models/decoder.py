@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.config import UnsupportedModel
 from engine.plan import Interrupted, StepInterrupted, never
 from kernels.attention_plan import ROWS, AttentionPlan
-from kernels.linear import Linear
+from kernels.linear import Linear, Pack, keep
 from kernels.low_rank import LowRank, add_low_rank
 from kernels.paged_attention import Segment, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -249,16 +249,21 @@ class Decoder:
     """The parameters, and the arithmetic from tokens to logits."""
 
     def __init__(
-        self, config: DecoderConfig, parameters: Mapping[str, Tensor], linear: Linear, segment: Segment
+        self,
+        config: DecoderConfig,
+        parameters: Mapping[str, Tensor],
+        linear: Linear,
+        segment: Segment,
+        pack: Pack = keep,  # lays a weight out for `linear`
     ) -> None:
         """Take the parameters by their Hugging Face names; weights.py has checked that they are exactly these."""
         self.config = config
         self._linear = linear
         self._segment = segment
         self._embedding = parameters["model.embed_tokens.weight"]
-        self._layers = [_layer(config, parameters, index) for index in range(config.num_hidden_layers)]
+        self._layers = [_layer(config, parameters, index, pack) for index in range(config.num_hidden_layers)]
         self._norm = parameters["model.norm.weight"]
-        self._head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+        self._head = pack(self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"])
         angles = torch.arange(config.max_position_embeddings).float()[:, None] * inverse_frequencies(config)
         self._cos, self._sin = angles.cos(), angles.sin()
 
@@ -334,19 +339,19 @@ def _adapted(inputs: StepInputs, layer: int) -> list[AdaptedLayer]:
     return [(one.adapter.layers[layer], one.rows) for one in inputs.adapted]
 
 
-def _layer(config: DecoderConfig, parameters: Mapping[str, Tensor], index: int) -> Layer:
+def _layer(config: DecoderConfig, parameters: Mapping[str, Tensor], index: int, pack: Pack) -> Layer:
     prefix = f"model.layers.{index}"
     qkv = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
     return Layer(
         input_norm=parameters[f"{prefix}.input_layernorm.weight"],
-        qkv=torch.cat([parameters[f"{name}.weight"] for name in qkv]),
+        qkv=pack(torch.cat([parameters[f"{name}.weight"] for name in qkv])),
         qkv_bias=torch.cat([parameters[f"{name}.bias"] for name in qkv]) if config.qkv_bias else None,
         q_norm=parameters[f"{prefix}.self_attn.q_norm.weight"] if config.qk_norm else None,
         k_norm=parameters[f"{prefix}.self_attn.k_norm.weight"] if config.qk_norm else None,
-        o=parameters[f"{prefix}.self_attn.o_proj.weight"],
+        o=pack(parameters[f"{prefix}.self_attn.o_proj.weight"]),
         post_norm=parameters[f"{prefix}.post_attention_layernorm.weight"],
-        gate_up=torch.cat([parameters[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")]),
-        down=parameters[f"{prefix}.mlp.down_proj.weight"],
+        gate_up=pack(torch.cat([parameters[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")])),
+        down=pack(parameters[f"{prefix}.mlp.down_proj.weight"]),
     )
 
 

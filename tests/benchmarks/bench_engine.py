@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 
 from engine.core import EngineCore
-from engine.model_runner import LinearByShape, ModelRunner, blocks_in, choose_linears, choose_segment
-from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
-from engine.weights import load_parameters, read_json
-from kernels.paged_attention import SEGMENTS
+from engine.model_loading import load_model
+from engine.model_runner import ModelRunner, blocks_in
+from engine.models.model import Model
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import make_limits, make_request
 
@@ -48,16 +47,15 @@ def draw_model(directory: Path) -> Path:
     return directory
 
 
-def load(directory: Path) -> tuple[Decoder, str]:
-    config = DecoderConfig.from_json(read_json(directory, "config.json"))
-    linears, segment = choose_linears(config, BUDGET), choose_segment(config)
-    parameters = load_parameters(directory, parameter_shapes(config))
-    fixed = [f"{rows}x{columns}" for (rows, columns), name in linears.items() if name != "library"]
-    chosen = f"attention {segment}; products not by the library: {', '.join(fixed) or 'none'}"
-    return Decoder(config, parameters, LinearByShape(linears), SEGMENTS[segment]), chosen
+def load(directory: Path) -> tuple[Model, str]:
+    loaded = load_model(directory, BUDGET)
+    products = loaded.policy["linear"]
+    assert isinstance(products, dict)
+    named = ", ".join(f"{shape} {name}" for shape, name in products.items())
+    return loaded.model, f"attention {loaded.policy['attention']}; products {named}"
 
 
-def make_core(decoder: Decoder) -> EngineCore:
+def make_core(decoder: Model) -> EngineCore:
     config = decoder.config
     limits = make_limits(
         vocabulary_size=config.vocab_size,
@@ -69,7 +67,7 @@ def make_core(decoder: Decoder) -> EngineCore:
     return EngineCore(runner, limits, eos_ids=frozenset({EOS}), detokenizer_for=detokenizer_for)
 
 
-def measure(decoder: Decoder, concurrency: int, prompt: int, output: int) -> str:
+def measure(decoder: Model, concurrency: int, prompt: int, output: int) -> str:
     core = make_core(decoder)
     for index in range(concurrency):
         tokens = [3 + (7919 * index + 31 * at) % (decoder.config.vocab_size - 3) for at in range(prompt)]
@@ -98,11 +96,10 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as temporary:
         decoder, products = load(chosen.model or draw_model(Path(temporary)))
-    parameters = sum(torch.Size(shape).numel() for shape in parameter_shapes(decoder.config).values())
     load_average = os.getloadavg()[0]
     print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}")
     print(f"torch {torch.__version__}, {chosen.threads} threads, load average before the run {load_average:.1f}")
-    print(f"model: {decoder.config.family}, {parameters / 1e6:.1f} M parameters; {products}")
+    print(f"model: {decoder.config.num_hidden_layers} layers, vocabulary {decoder.config.vocab_size}; {products}")
     print(f"prompt {chosen.prompt} tokens, output {chosen.output}, temperature 1")
     print("concurrency  out tok/s all  decode tok/s   total s")
     measure(decoder, 1, 20, 5)

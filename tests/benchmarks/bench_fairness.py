@@ -24,7 +24,7 @@ import torch
 
 from engine.core import EngineCore
 from engine.model_runner import ModelRunner, blocks_in
-from engine.models.decoder import Decoder
+from engine.models.model import Model
 from engine.request import GenerationRequest
 from tests.benchmarks.bench_engine import BUDGET, draw_model, load
 from tests.benchmarks.machine import describe_machine
@@ -34,7 +34,7 @@ from tests.support.engine_core import make_limits, make_request
 PAUSE_STEPS = 5  # between an answer and the next question
 
 
-def make_core(decoder: Decoder, sequences: int, flood: int, budget: int) -> EngineCore:
+def make_core(decoder: Model, sequences: int, flood: int, budget: int) -> EngineCore:
     config = decoder.config
     limits = make_limits(
         vocabulary_size=config.vocab_size,
@@ -56,7 +56,7 @@ def question(name: str, key: str, start: int, length: int, output: int) -> Gener
 
 
 def first_tokens(
-    decoder: Decoder, sequences: int, flood: int, asked: int, prompt: int, budget: int, flood_key: str = "flood"
+    decoder: Model, sequences: int, flood: int, asked: int, prompt: int, budget: int, flood_key: str = "flood"
 ) -> list[float]:
     """Return the times to first token, in seconds, of `asked` questions of the key `quiet`."""
     core, numbers, moments = make_core(decoder, sequences, flood, budget), itertools.count(), random.Random(1)

@@ -13,13 +13,12 @@ import time
 import torch
 
 from engine.core import EngineCore
-from engine.model_runner import LinearByShape, ModelRunner, choose_linears, choose_segment
-from engine.models.decoder import Decoder, DecoderConfig, parameter_shapes
+from engine.model_loading import load_model
+from engine.model_runner import ModelRunner
+from engine.models.model import Model
 from engine.request import GenerationRequest, SamplingParams
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from engine.weights import load_parameters, read_json
 from gateway.demo import model_directory
-from kernels.paged_attention import SEGMENTS
 from tests.benchmarks.machine import describe_machine
 from tests.support.engine_core import make_limits
 
@@ -41,10 +40,7 @@ def main() -> None:
     print(f"{describe_machine()}; torch {torch.__version__}, 2 threads")
     directory = model_directory()
     tokenizer = Tokenizer(directory)
-    shape = DecoderConfig.from_json(read_json(directory, "config.json"))
-    linear = LinearByShape(choose_linears(shape, BUDGET))
-    parameters = load_parameters(directory, parameter_shapes(shape))
-    decoder = Decoder(shape, parameters, linear, SEGMENTS[choose_segment(shape)])
+    decoder = load_model(directory, BUDGET).model
     chats = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
     questions = [tuple(tokenizer.encode(chat, chat=True)) for chat in chats]
     repeating = [tuple(tokenizer.encode(REPEATING * 4, chat=False))]
@@ -57,13 +53,13 @@ def main() -> None:
 
 
 def best(
-    decoder: Decoder, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], count: int, rows: int, most: int
+    decoder: Model, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], count: int, rows: int, most: int
 ) -> tuple[float, float]:
     return max(measure(decoder, tokenizer, prompts, count, rows, most) for _ in range(REPEATS))
 
 
 def measure(
-    decoder: Decoder, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], count: int, rows: int, most: int
+    decoder: Model, tokenizer: Tokenizer, prompts: list[tuple[int, ...]], count: int, rows: int, most: int
 ) -> tuple[float, float]:
     """Return output tokens a second, and tokens a sequence had of a step that gave it some."""
     config = decoder.config

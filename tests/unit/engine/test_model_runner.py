@@ -9,14 +9,17 @@ import torch
 
 from engine.model_runner import (
     LINEARS,
+    PACKED,
     InvarianceUnavailable,
     ModelRunner,
+    Product,
     blocks_in,
     choose_linears,
     choose_segment,
 )
 from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan
 from engine.request import SamplingParams
+from kernels.paged_attention import SEGMENTS
 from tests.support.model_engine import LoadedModel, load_model
 
 GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0, logprobs=True, top_logprobs=5)
@@ -92,8 +95,8 @@ def test_as_many_blocks_are_made_as_fit_the_memory(model: LoadedModel) -> None:
 def test_each_shape_of_the_model_has_a_product(model: LoadedModel) -> None:
     chosen = choose_linears(model.config, 64)
     assert set(chosen) == set(model.config.linear_shapes())
-    assert set(chosen.values()) <= set(LINEARS)
-    assert choose_segment(model.config) in {"fused", "tiled"}
+    assert set(chosen.values()) <= set(PACKED | LINEARS)
+    assert choose_segment(model.config) in SEGMENTS
 
 
 def test_a_machine_without_an_invariant_product_does_not_start(model: LoadedModel) -> None:
@@ -101,4 +104,4 @@ def test_a_machine_without_an_invariant_product_does_not_start(model: LoadedMode
         return x @ weight.T + x.shape[0]
 
     with pytest.raises(InvarianceUnavailable, match="could not be replayed"):
-        choose_linears(model.config, 64, {"leaning": leaning})
+        choose_linears(model.config, 64, {"leaning": Product(leaning)})
