@@ -216,7 +216,7 @@ class StepInputs:
     interrupted: Interrupted = never
 
     def give_way(self) -> None:
-        """Between layers. Raises StepInterrupted."""
+        """Between layers, and within. Raises StepInterrupted."""
         if self.interrupted():
             raise StepInterrupted
 
@@ -278,6 +278,7 @@ class Decoder:
             adapted = _adapted(inputs, index)
             attended = self._attention(layer, normed, inputs, adapted, caches[index], cos, sin)
             normed, residual = add_rms_norm(attended, residual, layer.post_norm, epsilon)
+            inputs.give_way()
             fed = self._feed(layer, normed, adapted)
             last = index + 1 == len(self._layers)
             weight = self._norm if last else self._layers[index + 1].input_norm
