@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="no Triton on this system")
 
 from kernels.launch import TABLE, Entry
 
+pytestmark = pytest.mark.timeout(900)  # a process of its own, on a machine that may be slow
 ROOT = Path(__file__).parents[3]
 MOST_SHARED = 232_448  # bytes of one program on sm_90
 

@@ -12,6 +12,7 @@ import pytest
 # That of 3.6 turns arrays of one element into numbers, which numpy no longer does.
 pytest.importorskip("triton", minversion="3.7", reason="no Triton here whose interpreter walks loops")
 
+pytestmark = pytest.mark.timeout(900)  # a process of its own, on a machine that may be slow
 ROOT = Path(__file__).parents[3]
 
 
