@@ -80,6 +80,7 @@ _ARITHMETIC = frozenset(
         "logprobs.py",
         "model_runner.py",
         "paged_step.py",
+        "pooling.py",
         "products.py",
         "rope_table.py",
         "rows.py",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.jit import INTERPRETED, Block, Pointer, jit, narrow, product, tl
 from kernels.launch import Launch, device_of, launch_for, power_of_two
-from kernels.shape import ShapeError, check_shape
+from kernels.shape import ShapeError, check_product
 from kernels.silu_mul import gated, silu_mul_reference
 
 LEAST_BLOCK_N = 16  # columns
@@ -40,9 +40,7 @@ def gemm(
 
     Cost: the weights once for every tile of rows; up to 64 rows bound by memory bandwidth.
     """
-    check_product(x, weight)
-    if bias is not None:
-        check_shape("bias", bias, weight.shape[0])
+    _check(x, weight, bias)
     return _launch(x, weight, bias, weight.shape[0], False, launch)
 
 
@@ -56,16 +54,15 @@ def gemm_silu_mul(
     Raises:
         ShapeError: an argument disagrees with the shapes above.
     """
-    check_product(x, gate_up)
+    _check(x, gate_up)
     if gate_up.shape[0] % 2:
         raise ShapeError(f"`gate_up` has shape {list(gate_up.shape)}, not [2I, K]")
     return _launch(x, gate_up, None, gate_up.shape[0] // 2, True, launch)
 
 
-def check_product(x: Tensor, weight: Tensor) -> None:
-    """Raise ShapeError unless the two are [M, K] and [N, K], M ≥ 1, of one 16-bit dtype."""
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.shape[0] < 1:
-        raise ShapeError(f"`x` {list(x.shape)} and `weight` {list(weight.shape)} are not [M, K] and [N, K]")
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raise ShapeError unless the shapes agree and both are of one 16-bit dtype."""
+    check_product(x, weight, bias)
     if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
         raise ShapeError(f"`x` and `weight` are {x.dtype} and {weight.dtype}, not both bfloat16 or both float16")
 

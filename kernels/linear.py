@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.gemm import gemm
-from kernels.shape import ShapeError
+from kernels.shape import check_product
 
 TILE_M = 32  # rows of a fixed tile
 FEW_ROWS = 64  # up to here `linear_by_rows` takes our own product
@@ -50,7 +50,7 @@ def linear(
     Raises:
         ShapeError: an argument disagrees with the shapes above.
     """
-    _check(x, weight, bias)
+    check_product(x, weight, bias)
     if x.shape[0] == 1:
         return F.linear(x.expand(2, -1), weight, bias)[:1]
     return F.linear(x, weight, bias)
@@ -58,7 +58,7 @@ def linear(
 
 def linear_fixed_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the same by products of exactly `TILE_M` rows, the last one padded: invariant wherever one product is."""
-    _check(x, weight, bias)
+    check_product(x, weight, bias)
     rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -rows % TILE_M))
     return torch.cat([F.linear(tile, weight, bias) for tile in torch.split(padded, TILE_M)])[:rows]
@@ -69,7 +69,7 @@ def linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
     `forbid_split_k` was called before: the library may otherwise share out K among programs.
     """
-    _check(x, weight, bias)
+    check_product(x, weight, bias)
     return gemm(x, weight, bias) if x.shape[0] <= FEW_ROWS else F.linear(x, weight, bias)
 
 
@@ -123,10 +123,3 @@ def probed_rows(most: int) -> list[int]:
     powers = [1 << bit for bit in range(8, most.bit_length() + 1)]
     around = [rows for power in powers for rows in (power - 1, power, power + 1)]
     return sorted({rows for rows in (*PROBED_ROWS, *around, most) if rows <= most})
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.shape[0] < 1:
-        raise ShapeError(f"`x` {list(x.shape)} and `weight` {list(weight.shape)} are not [M, K] and [N, K]")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ShapeError(f"`bias` has shape {list(bias.shape)}, not [{weight.shape[0]}]")

@@ -22,3 +22,11 @@ def check_layout(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ShapeError(f"`{name}` holds {tensor.dtype}, not {dtype}")
     if not tensor.is_contiguous():
         raise ShapeError(f"`{name}` is not contiguous")
+
+
+def check_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raise ShapeError unless the three are [M, K], [N, K] and [N], M ≥ 1."""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.shape[0] < 1:
+        raise ShapeError(f"`x` {list(x.shape)} and `weight` {list(weight.shape)} are not [M, K] and [N, K]")
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0])

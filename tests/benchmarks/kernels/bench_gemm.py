@@ -68,7 +68,7 @@ def compare_times(shape: tuple[int, int], ceilings: Ceilings) -> None:
     for rows in ROWS:
         x, weight = draw(rows, shape)
         moved, operations = 2 * (rows * depth + width * depth + rows * width), 2 * rows * width * depth
-        for name, call in (("library", lambda: F.linear(x, weight)), ("ours", lambda: gemm(x, weight))):  # noqa: B023
+        for name, call in (("library", lambda: F.linear(x, weight)), ("ours", lambda: gemm(x, weight))):  # noqa: B023 - called at once
             print("  " + ceilings.line(f"{rows} rows, {name}", seconds_of(call), moved, operations))
 
 
@@ -78,8 +78,8 @@ def compare_gate(shape: tuple[int, int], ceilings: Ceilings) -> None:
         x, weight = draw(rows, shape)
         moved = 2 * (rows * depth + width * depth + rows * width // 2)
         for name, call in (
-            ("gate afterwards", lambda: silu_mul(gemm(x, weight))),  # noqa: B023
-            ("gate on the way out", lambda: gemm_silu_mul(x, weight)),  # noqa: B023
+            ("gate afterwards", lambda: silu_mul(gemm(x, weight))),  # noqa: B023 - called at once
+            ("gate on the way out", lambda: gemm_silu_mul(x, weight)),  # noqa: B023 - called at once
         ):
             print("  " + ceilings.line(f"{rows} rows, {name}", seconds_of(call), moved))
 

@@ -49,7 +49,7 @@ def main() -> None:
         for rows in (1, 64, 256):
             x, weight = (torch.randn(size, depth, device="cuda").bfloat16() for size in (rows, width))
             moved = 2 * (rows * (depth + width) + width * depth)
-            taken = seconds_of(lambda: gemm(x, weight))  # noqa: B023
+            taken = seconds_of(lambda: gemm(x, weight))  # noqa: B023 - called at once
             print(ceilings.line(f"  {rows} rows, the product itself", taken, moved))
             for count in (1, 8, 32):
                 compare(width, depth, rows, count, ceilings)

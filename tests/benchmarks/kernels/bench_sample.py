@@ -49,7 +49,7 @@ def compare(rows: int, ceilings: Ceilings) -> None:
     moved = 4 * logits.numel()
     for wish in WISHES:
         chosen = tables(rows, wish)
-        taken = seconds_of(lambda: sample(logits, request, position, chosen))  # noqa: B023
+        taken = seconds_of(lambda: sample(logits, request, position, chosen))  # noqa: B023 - called at once
         print(ceilings.line(f"{rows} rows, {wish}", taken, moved))
     print(ceilings.line(f"{rows} rows, torch: argmax", seconds_of(lambda: logits.argmax(-1)), moved))
     print(ceilings.line(f"{rows} rows, torch: sort for top-p 0.95", seconds_of(lambda: by_torch(logits)), moved))
