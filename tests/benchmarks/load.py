@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -37,6 +37,8 @@ class Load:
     total_p50_ms: float
     tokens: int  # completion tokens by the server's own count
     chunks: int
+    gap_p50_ms: float  # between chunks of one answer; a chunk may hold several tokens
+    gap_p99_ms: float
 
     @property
     def requests_per_s(self) -> float:
@@ -83,10 +85,12 @@ class _One:
     total: float = 0.0
     tokens: int = 0
     chunks: int = 0
+    gaps: list[float] = field(default_factory=list)
 
 
 async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, object]) -> _One:
     one, start = _One(), time.perf_counter()
+    last = start
     async with session.post(url, json=body) as response:
         if response.status != 200:
             return one
@@ -102,8 +106,12 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, object]
             if event.get("usage"):
                 one.tokens = event["usage"]["completion_tokens"]
             if any(choice["delta"].get("content") for choice in event["choices"]):
-                one.chunks += 1
-                one.ttft = one.ttft or time.perf_counter() - start
+                now = time.perf_counter()
+                if one.chunks:
+                    one.gaps.append(now - last)
+                else:
+                    one.ttft = now - start
+                one.chunks, last = one.chunks + 1, now
         one.total, one.ok = time.perf_counter() - start, True
     return one
 
@@ -144,17 +152,26 @@ async def _run(arguments: argparse.Namespace) -> Load:
 
 def _summary(results: list[_One], wall: float) -> Load:
     good = [one for one in results if one.ok]
-    ttfts = sorted(one.ttft * 1e3 for one in good) or [float("nan")]
+    ttfts = [one.ttft * 1e3 for one in good]
+    gaps = [gap * 1e3 for one in good for gap in one.gaps]
     return Load(
         requests=len(good),
         errors=len(results) - len(good),
         wall_s=wall,
-        ttft_p50_ms=statistics.median(ttfts),
-        ttft_p99_ms=ttfts[min(len(ttfts) - 1, int(len(ttfts) * 0.99))],
-        total_p50_ms=statistics.median([one.total * 1e3 for one in good] or [float("nan")]),
+        ttft_p50_ms=_quantile(ttfts, 0.5),
+        ttft_p99_ms=_quantile(ttfts, 0.99),
+        total_p50_ms=_quantile([one.total * 1e3 for one in good], 0.5),
         tokens=sum(one.tokens for one in good),
         chunks=sum(one.chunks for one in good),
+        gap_p50_ms=_quantile(gaps, 0.5),
+        gap_p99_ms=_quantile(gaps, 0.99),
     )
+
+
+def _quantile(values: list[float], share: float) -> float:
+    """Return the least of `values` that at least this share of them does not exceed; NaN of none."""
+    ordered = sorted(values) or [float("nan")]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def main() -> None:
