@@ -1,9 +1,11 @@
 """What attention reads in a step, worked out once for all layers: query tiles, and the slots and masks of each segment.
 
-Queries are packed into tiles of 16 rows, (token, head of the group) by (token, head); a tile holds consecutive tokens
-of one sequence. Its keys are visited in segments of 512 at absolute positions. A key that no row of the tile may see is
-replaced by the zero slot: the last block of the cache, which belongs to nobody, so that nothing unwritten is ever read.
-With a window, segments that no row of a tile sees any more are not visited. Knows no query, key or value.
+Queries are packed into tiles of rows, (token, head of the group) by (token, head); a tile holds consecutive tokens of
+one sequence. Tokens of a decode or a guess go into tiles of 16 rows, many tiles at a time. A long run of one sequence,
+a prompt, goes into tiles of its own with up to `RUN_ROWS` rows, so that its keys are read once and not for every 16
+rows. Keys are visited in segments of 512 at absolute positions. A key that no row of the tile may see is replaced by
+the zero slot: the last block of the cache, which belongs to nobody, so that nothing unwritten is ever read. With a
+window, segments that no row of a tile sees any more are not visited. Knows no query, key or value.
 Source: Kwon et al., SOSP 2023 (block tables); Beltagy et al., 2020 (sliding windows).
 """
 
@@ -19,38 +21,51 @@ from kernels.shape import ShapeError, check_shape
 
 TILE = 64  # keys
 SEGMENT = 512  # keys, a multiple of TILE. Measured: 256 takes 1.3 to 3 times as long at 300 keys, for what it merges
-ROWS = 16  # query rows of a tile
-MAX_TILES = 64  # of one product: bounds the memory of a long prefill
+ROWS = 16  # query rows of a tile of few tokens
+RUN_ROWS = 1024  # of a tile of a long run, at most; a multiple of ROWS. More would mask more, and hold larger masks
+LONG_RUN = 4 * ROWS  # query rows beyond which a run has tiles of its own
+MAX_TILES = 64  # of one product: bounds the memory of a step
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """Some tiles at one segment: n tiles, K keys."""
+    """Some tiles at one segment: n tiles of R rows, K keys."""
 
     tiles: Tensor  # [n] int64
     slots: Tensor  # [n · K] int64  where the keys lie, block · P + offset
     keys: int  # K, a multiple of TILE, ≤ SEGMENT
-    mask: Tensor | None  # [n, 1, R, K] bfloat16, 0 or −∞; None: every row sees every key. R is 1 in a lone step
+    mask: Tensor | None  # [n, 1, R, K] bfloat16, 0 or −∞; None: every row sees every key. R is 1 in a lone part
     unseeing: Tensor | None  # [n, 1, R] bool, rows that see no key here; None: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some tokens of a step, in tiles of the same number of rows."""
+
+    tokens: Tensor  # [t] int64  which of the step's, ascending
+    place: Tensor  # [t] int64  tile · tokens per tile + offset, of each token
+    tile_count: int
+    rows: int  # of a tile, a multiple of ROWS
+    tokens_per_tile: int  # at most
+    visits: tuple[Visit, ...]  # of each tile in ascending order of segments
+    lone: bool  # every tile holds one token: its rows see the same
+
+    @property
+    def single(self) -> bool:
+        """One visit, of all tiles: nothing is to be merged."""
+        return len(self.visits) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
     heads: int
     groups: int
-    place: Tensor  # [T] int64  tile · tokens per tile + offset, of each token
-    tile_count: int
-    visits: tuple[Visit, ...]  # of each tile in ascending order of segments
-    single: bool  # one visit, of all tiles: nothing is to be merged
-    lone: bool  # every tile holds one token, a step of decodes: its rows see the same
+    tokens: int  # T
+    parts: tuple[Part, ...]  # every token is in one of them
 
     @property
     def ratio(self) -> int:
         return self.heads // self.groups
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return ROWS // self.ratio
 
 
 def plan_attention(
@@ -74,12 +89,35 @@ def plan_attention(
         raise ShapeError(f"{tokens} tokens, {heads} heads in {groups} groups: at most {ROWS} heads a group")
     if window is not None and window < 1:
         raise ShapeError(f"a window of {window} keys holds not even the token's own")
-    ratio = heads // groups
-    per_tile = ROWS // ratio
+    layout = _Layout(heads // groups, window, page, zero_slot)
+    _, lengths = torch.unique_consecutive(sequence_of, return_counts=True)
+    parts: list[Part] = []
+    short = (lengths * layout.ratio <= LONG_RUN).repeat_interleave(lengths).nonzero().squeeze(1)
+    if len(short):
+        parts.append(_short_runs(layout, short, sequence_of[short], position_of[short], block_table))
+    first = 0
+    for length in lengths.tolist():
+        if length * layout.ratio > LONG_RUN:
+            for run in torch.split(torch.arange(first, first + length), RUN_ROWS // layout.ratio):
+                parts.append(_long_run(layout, run, position_of[run], block_table[sequence_of[first]]))
+        first += length
+    return AttentionPlan(heads, groups, tokens, tuple(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    ratio: int  # heads of a group
+    window: int | None
+    page: int
+    zero_slot: int
+
+
+def _short_runs(layout: _Layout, tokens: Tensor, sequence_of: Tensor, position_of: Tensor, table: Tensor) -> Part:
+    per_tile = ROWS // layout.ratio
     if not bool((sequence_of[1:] == sequence_of[:-1]).any()):
-        visits = tuple(_visits(position_of[:, None], window, block_table[sequence_of], page, zero_slot))
-        place = torch.arange(tokens) * per_tile
-        return AttentionPlan(heads, groups, place, tokens, visits, single=len(visits) == 1, lone=True)
+        visits = tuple(_visits(layout, position_of[:, None], table[sequence_of]))
+        place = torch.arange(len(tokens)) * per_tile
+        return Part(tokens, place, len(tokens), ROWS, per_tile, visits, lone=True)
     place = _place(sequence_of, per_tile)
     count = int(place[-1]) // per_tile + 1
     starts = torch.zeros(count, dtype=torch.long)
@@ -88,10 +126,21 @@ def plan_attention(
     positions[place] = position_of
     sequence = torch.zeros(count, dtype=torch.long)
     sequence[place // per_tile] = sequence_of
-    rows = positions.view(count, per_tile).repeat_interleave(ratio, dim=1)
-    rows = torch.cat((rows, rows[:, :1].expand(-1, ROWS - per_tile * ratio)), dim=1)
-    visits = tuple(_visits(rows, window, block_table[sequence], page, zero_slot))
-    return AttentionPlan(heads, groups, place, count, visits, single=len(visits) == 1, lone=False)
+    visits = tuple(_visits(layout, _padded(positions.view(count, per_tile), layout.ratio), table[sequence]))
+    return Part(tokens, place, count, ROWS, per_tile, visits, lone=False)
+
+
+def _long_run(layout: _Layout, tokens: Tensor, position_of: Tensor, blocks: Tensor) -> Part:
+    count = len(tokens)
+    rows = _padded(position_of[None], layout.ratio)
+    visits = tuple(_visits(layout, rows, blocks[None]))
+    return Part(tokens, torch.arange(count), 1, rows.shape[1], count, visits, lone=False)
+
+
+def _padded(positions: Tensor, ratio: int) -> Tensor:
+    """Return the position of every row of tiles [n, tokens]; what pads them to whole 16s sees what the first sees."""
+    rows = positions.repeat_interleave(ratio, dim=1)
+    return torch.cat((rows, rows[:, :1].expand(-1, -rows.shape[1] % ROWS)), dim=1)
 
 
 def _place(sequence_of: Tensor, per_tile: int) -> Tensor:
@@ -104,25 +153,24 @@ def _place(sequence_of: Tensor, per_tile: int) -> Tensor:
     return tile * per_tile + offset % per_tile
 
 
-def _visits(rows: Tensor, window: int | None, table: Tensor, page: int, zero_slot: int) -> Iterator[Visit]:
+def _visits(layout: _Layout, rows: Tensor, table: Tensor) -> Iterator[Visit]:
     """Rows are positions [tiles, R]; table [tiles, M] holds the blocks of each tile's sequence."""
     first, last = rows.amin(dim=1), rows.amax(dim=1)
     for start in range(0, int(last.max()) + 1, SEGMENT):
         end = start + SEGMENT - 1
         reached = last >= start
         whole = reached & (first >= end)
-        if window is not None:
-            reached &= first - window < end
-            whole &= last - window < start
+        if layout.window is not None:
+            reached &= first - layout.window < end
+            whole &= last - layout.window < start
         for chosen in (whole, reached & ~whole):
             for tiles in torch.split(chosen.nonzero().squeeze(1), MAX_TILES):
                 if len(tiles):
-                    yield _visit(tiles, start, rows[tiles], window, table[tiles], page, zero_slot)
+                    yield _visit(layout, tiles, start, rows[tiles], table[tiles])
 
 
-def _visit(
-    tiles: Tensor, start: int, rows: Tensor, window: int | None, table: Tensor, page: int, zero_slot: int
-) -> Visit:
+def _visit(layout: _Layout, tiles: Tensor, start: int, rows: Tensor, table: Tensor) -> Visit:
+    window, page = layout.window, layout.page
     last = rows.amax(dim=1)
     keys = min(SEGMENT, -(-(int(last.max()) + 1 - start) // TILE) * TILE)
     at = torch.arange(start, start + keys)
@@ -134,7 +182,7 @@ def _visit(
         seen &= at > rows.amin(dim=1)[:, None] - window
         visible &= at > rows[..., None] - window
         unseeing |= rows - window >= start + keys - 1
-    slots = torch.where(seen, table[:, column] * page + at % page, zero_slot)
+    slots = torch.where(seen, table[:, column] * page + at % page, layout.zero_slot)
     if bool(visible.all()):
         return Visit(tiles, slots.reshape(-1), keys, None, None)
     mask = torch.where(visible | unseeing[..., None], 0.0, -torch.inf)[:, None].to(torch.bfloat16)

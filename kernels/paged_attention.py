@@ -2,10 +2,12 @@
 
 Numeric contract. The keys of a sequence are taken in segments of 512 at *absolute* positions; each gives a softmax
 state (m, l, o), and states are merged in ascending order. A decode step's one token and a prefill's many go through
-products of 16 rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a segment's
-state keep that: `segment_fused` is the library's one-pass kernel; `segment_tiled` walks tiles of 64 keys in float32.
-Where the library gives a row the same bits among any 2 to 16, a step of one token a sequence goes without the rows that
-would be padding. `verify_invariance` tests a machine for all of it. Keys that a row may not see change no bit, unless
+the same products of query rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a
+segment's state keep that: `segment_fused` is the library's one-pass kernel; `segment_tiled` walks tiles of 64 keys in
+float32, 16 rows at a time. Where the library gives a row the same bits among any 2 to 16, one token of a sequence goes
+without the rows that would be padding; where it does among any multiple of 16, a prompt goes in one piece, which takes
+a tenth of the time. (Among 33 rows, whose last stands alone in the library's own tiles, it does not.)
+`verify_invariance` tests a machine for all of it. Keys that a row may not see change no bit, unless
 they are its own sequence's and not finite. A sink is a state of its own, merged before the first segment.
 
 Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022;
@@ -22,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention_plan import ROWS, SEGMENT, TILE, AttentionPlan, Visit
+from kernels.attention_plan import ROWS, RUN_ROWS, SEGMENT, TILE, AttentionPlan, Part, Visit
 from kernels.shape import ShapeError, check_shape
 
 State = tuple[Tensor, Tensor, Tensor]  # m [n, G, R] running maximum, l [n, G, R] sum, o [n, G, R, D] weighted sum
 LEAST_ROWS = 2  # one row alone is another product in the library
+MANY_ROWS = (32, 48, 80, 176, 208, 752, 784, RUN_ROWS)  # around where the library's tiles grow
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 
 
@@ -35,7 +38,8 @@ class Segment:
     """A way to the state of a segment."""
 
     attend: Attend  # see `segment_fused`
-    any_rows: bool  # a row's bits are the same among LEAST_ROWS … 16; else it is always given 16
+    any_rows: bool  # a row's bits are the same among LEAST_ROWS … 16; else it is given no fewer than 16
+    many_rows: bool  # a row's bits are the same among any multiple of 16; else it is given no more than 16
 
 
 def paged_attention(
@@ -58,66 +62,109 @@ def paged_attention(
     """
     tokens, heads, size = query.shape
     check_shape("value_cache", value_cache, *key_cache.shape)
-    check_shape("place", plan.place, tokens)
+    if tokens != plan.tokens:
+        raise ShapeError(f"`query` has {tokens} tokens, the plan {plan.tokens}")
     if heads != plan.heads or key_cache.shape[2:] != (plan.groups, size):
         raise ShapeError(f"{heads} heads of {size} do not fit the plan or a cache of {list(key_cache.shape)}")
-    tiles = _pack(query, plan, segment.any_rows)
-    if plan.single and sinks is None:
-        return _unpack(_visit(tiles, key_cache, value_cache, plan.visits[0], scale, segment.attend)[0], plan)
-    total = _empty(tiles) if sinks is None else _sunk(tiles, sinks, plan)
-    for visit in plan.visits:
-        out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment.attend)
+    if sinks is not None:
+        check_shape("sinks", sinks, plan.heads)
+    grouped = query.view(tokens, plan.groups, plan.ratio, size)
+    if len(plan.parts) == 1:
+        return _attended(grouped, key_cache, value_cache, plan.parts[0], scale, segment, sinks).view_as(query)
+    out = torch.empty_like(grouped)
+    for part in plan.parts:
+        out[part.tokens] = _attended(grouped[part.tokens], key_cache, value_cache, part, scale, segment, sinks)
+    return out.view_as(query)
+
+
+def _attended(
+    query: Tensor,  # [t, G, H / G, D]
+    key_cache: Tensor,
+    value_cache: Tensor,
+    part: Part,
+    scale: float,
+    segment: Segment,
+    sinks: Tensor | None,
+) -> Tensor:  # [t, G, H / G, D]
+    """Return the attention of the tokens of one part."""
+    ratio = query.shape[2]
+    tiles = _pack(query, part, segment.any_rows)
+    if part.single and sinks is None:
+        return _unpack(_visit(tiles, key_cache, value_cache, part.visits[0], scale, segment)[0], part, ratio)
+    total = _empty(tiles) if sinks is None else _sunk(tiles, sinks, ratio)
+    for visit in part.visits:
+        out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment)
         before: State = (total[0][visit.tiles], total[1][visit.tiles], total[2][visit.tiles])
         merged = merge_state(before, (logsum, torch.isfinite(logsum).float(), out.float()))
-        for part, new in zip(total, merged, strict=True):
-            part[visit.tiles] = new
-    return _unpack((total[2] / total[1][..., None]).to(query.dtype), plan)
+        for whole, new in zip(total, merged, strict=True):
+            whole[visit.tiles] = new
+    return _unpack((total[2] / total[1][..., None]).to(query.dtype), part, ratio)
 
 
-def _pack(query: Tensor, plan: AttentionPlan, any_rows: bool) -> Tensor:
-    """Return [n, G, R, D]; rows without a token are zero. R is 16, or fewer where every tile has one token."""
-    tokens, _, size = query.shape
-    ratio, per_tile = plan.ratio, plan.tokens_per_tile
-    if plan.lone:
-        rows = query.view(tokens, plan.groups, ratio, size)
+def _pack(query: Tensor, part: Part, any_rows: bool) -> Tensor:
+    """Return [n, G, R, D]; rows without a token are zero. R is the part's, or fewer where every tile has one token."""
+    tokens, groups, ratio, size = query.shape
+    if part.lone:
         missing = max(LEAST_ROWS if any_rows else ROWS, ratio) - ratio
-        return F.pad(rows, (0, 0, 0, missing)) if missing else rows
-    tiles = query.new_zeros(plan.tile_count, plan.groups, ROWS, size)
-    by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
-    by_token[plan.place // per_tile, :, plan.place % per_tile] = query.view(tokens, plan.groups, ratio, size)
+        return F.pad(query, (0, 0, 0, missing)) if missing else query
+    tiles = query.new_zeros(part.tile_count, groups, part.rows, size)
+    by_token = _by_token(tiles, part, ratio)
+    if part.tile_count == 1:
+        by_token[0, :, :tokens] = query.transpose(0, 1)
+    else:
+        by_token[part.place // part.tokens_per_tile, :, part.place % part.tokens_per_tile] = query
     return tiles
 
 
-def _unpack(tiles: Tensor, plan: AttentionPlan) -> Tensor:
-    size, ratio, per_tile = tiles.shape[-1], plan.ratio, plan.tokens_per_tile
-    if plan.lone:
-        return tiles[:, :, :ratio].reshape(-1, plan.heads, size)
-    by_token = tiles[:, :, : per_tile * ratio].view(plan.tile_count, plan.groups, per_tile, ratio, size)
-    return by_token[plan.place // per_tile, :, plan.place % per_tile].reshape(-1, plan.heads, size)
+def _unpack(tiles: Tensor, part: Part, ratio: int) -> Tensor:
+    """Return the tokens' rows, [t, G, H / G, D]."""
+    if part.lone:
+        return tiles[:, :, :ratio].contiguous()
+    by_token = _by_token(tiles, part, ratio)
+    if part.tile_count == 1:
+        return by_token[0, :, : len(part.tokens)].transpose(0, 1).contiguous()
+    return by_token[part.place // part.tokens_per_tile, :, part.place % part.tokens_per_tile]
 
 
-def _sunk(tiles: Tensor, sinks: Tensor, plan: AttentionPlan) -> State:
-    """Return the state of rows that have seen their head's sink and no key."""
-    check_shape("sinks", sinks, plan.heads)
+def _by_token(tiles: Tensor, part: Part, ratio: int) -> Tensor:
+    """Return the rows that may be a token's, [n, G, tokens of a tile, H / G, D]."""
+    count, groups, _, size = tiles.shape
+    return tiles[:, :, : part.tokens_per_tile * ratio].view(count, groups, part.tokens_per_tile, ratio, size)
+
+
+def _sunk(tiles: Tensor, sinks: Tensor, ratio: int) -> State:
+    """Return the state of rows that have seen their head's sink and no key; rows are heads of a group, by turns."""
     _, sums, weighted = _empty(tiles)
-    scores = torch.full((plan.groups, ROWS), -torch.inf)  # of rows without a token
-    scores[:, : plan.tokens_per_tile * plan.ratio] = sinks.float().view(plan.groups, -1).repeat(1, plan.tokens_per_tile)
-    scores = scores[:, : tiles.shape[2]]
-    maximum = scores.expand_as(sums).clone()
-    return maximum, torch.isfinite(maximum).float(), weighted
+    groups, rows = tiles.shape[1:3]
+    scores = sinks.float().view(groups, ratio).repeat(1, -(-rows // ratio))[:, :rows]  # what pads has one too
+    return scores.expand_as(sums).clone(), torch.ones_like(sums), weighted
 
 
 def _visit(
-    tiles: Tensor, key_cache: Tensor, value_cache: Tensor, visit: Visit, scale: float, attend: Attend
+    tiles: Tensor, key_cache: Tensor, value_cache: Tensor, visit: Visit, scale: float, segment: Segment
 ) -> tuple[Tensor, Tensor]:
     """Return a segment's attention [n, G, R, D] and the logarithm of its sum [n, G, R]; unseeing rows: 0, −∞."""
     keys, values = (_gather(cache, visit) for cache in (key_cache, value_cache))
     mask = None if visit.mask is None else visit.mask.expand(-1, -1, tiles.shape[2], -1)
+    attend = segment.attend if segment.many_rows or tiles.shape[2] <= ROWS else partial(_by_sixteen, segment.attend)
     out, logsum = attend(tiles, keys, values, mask, scale)
     if visit.unseeing is not None:
         out = out.masked_fill(visit.unseeing[..., None], 0.0)
         logsum = logsum.masked_fill(visit.unseeing, -torch.inf)
     return out, logsum
+
+
+def _by_sixteen(
+    attend: Attend, tiles: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Let `attend` see a tile of more rows, [1, G, R, D], as tiles of 16 that share their keys."""
+    _, groups, rows, size = tiles.shape
+    count = rows // ROWS
+    split = tiles.view(groups, count, ROWS, size).transpose(0, 1)
+    keys, values = (one.expand(count, -1, -1, -1) for one in (keys, values))
+    masks = None if mask is None else mask.reshape(count, 1, ROWS, -1)
+    out, logsum = attend(split, keys, values, masks, scale)
+    return out.transpose(0, 1).reshape(tiles.shape), logsum.transpose(0, 1).reshape(1, groups, rows)
 
 
 def _gather(cache: Tensor, visit: Visit) -> Tensor:
@@ -167,7 +214,7 @@ def segment_tiled(
 
 def soft_capped(softcap: float) -> Segment:
     """Return the segment attention of scores bent below `softcap`. The library's kernel has none."""
-    return Segment(partial(segment_tiled, softcap=softcap), any_rows=False)
+    return Segment(partial(segment_tiled, softcap=softcap), any_rows=False, many_rows=False)
 
 
 def merge_state(left: State, right: State) -> State:
@@ -190,9 +237,10 @@ def _finite(maximum: Tensor) -> Tensor:
 
 
 SEGMENTS = {  # the faster first
-    "fused": Segment(segment_fused, any_rows=True),
-    "fused_16": Segment(segment_fused, any_rows=False),
-    "tiled": Segment(segment_tiled, any_rows=False),
+    "fused": Segment(segment_fused, any_rows=True, many_rows=True),
+    "fused_up_to_16": Segment(segment_fused, any_rows=True, many_rows=False),
+    "fused_16": Segment(segment_fused, any_rows=False, many_rows=False),
+    "tiled": Segment(segment_tiled, any_rows=False, many_rows=False),
 }
 
 
@@ -200,7 +248,7 @@ def verify_invariance(segment: Segment, groups: int, size: int, dtype: torch.dty
     """Return whether `segment` gives a row the same bits here whatever stands beside it.
 
     Tried: fewer tiles, other rows in the tile, the row elsewhere, keys cut off that it does not see, zeros in their
-    place, no mask instead of an empty one, and where it may have fewer rows than 16, fewer.
+    place, no mask instead of an empty one; and where it may have fewer rows than 16 or more, fewer and more.
     """
     attend = segment.attend
     generator = torch.Generator().manual_seed(0)
@@ -228,7 +276,29 @@ def verify_invariance(segment: Segment, groups: int, size: int, dtype: torch.dty
     whole_open = attend(tiles, keys, values, None, scale)
     if segment.any_rows and not _keeps_fewer_rows(attend, tiles, keys, values, whole_open):
         return False
+    if segment.many_rows and not _keeps_more_rows(attend, groups, size, dtype):
+        return False
     return _same(short, whole) and _same(zeroed, whole) and _same(whole_open, open_mask)
+
+
+def _keeps_more_rows(attend: Attend, groups: int, size: int, dtype: torch.dtype) -> bool:
+    """Return whether rows have among more the bits that they have among 16, wherever they stand among them."""
+    generator = torch.Generator().manual_seed(1)
+    tile = torch.randn(1, groups, RUN_ROWS, size, generator=generator, dtype=dtype)
+    keys, values = (torch.randn(1, groups, SEGMENT, size, generator=generator, dtype=dtype) for _ in "kv")
+    seen = torch.randint(0, TILE, (RUN_ROWS, 1), generator=generator)
+    for count, open_ in ((TILE, False), (5 * TILE, False), (SEGMENT, False), (SEGMENT, True)):  # keys
+        visible = torch.arange(count) <= seen * (count // TILE)
+        mask = None if open_ else torch.where(visible, 0.0, -torch.inf).to(dtype)[None, None]
+        key, value = keys[:, :, :count], values[:, :, :count]
+        whole = _by_sixteen(attend, tile, key, value, mask, size**-0.5)
+        for rows in MANY_ROWS:
+            for part in (slice(0, rows), slice(RUN_ROWS - rows, RUN_ROWS)):
+                some = None if mask is None else mask[:, :, part]
+                found = attend(tile[:, :, part], key, value, some, size**-0.5)
+                if not _same(found, (whole[0][:, :, part], whole[1][:, :, part])):
+                    return False
+    return True
 
 
 def _keeps_fewer_rows(

@@ -131,6 +131,8 @@ def test_what_left_the_window_is_not_read() -> None:
 @segments
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (8, 8, 34), (16, 1, 64)])
 def test_decode_equals_prefill_equals_chunks_in_bits(segment: Segment, heads: int, groups: int, size: int) -> None:
+    if not verify_invariance(segment, groups, size, torch.bfloat16):
+        pytest.skip("the library is not invariant here for these heads, and the engine would not take it")
     length = 2 * SEGMENT + 9
     world = World([length, 70], heads, groups, size)
     whole = world.attend([(0, 0, length)], segment)
@@ -164,7 +166,7 @@ def test_a_segment_that_looks_at_its_neighbours_is_found_out() -> None:
         out, logsum = segment_tiled(tiles, *others)  # type: ignore[arg-type]
         return out + tiles.amax() * 2**-6, logsum
 
-    assert not verify_invariance(Segment(leaning, any_rows=False), 1, 16, torch.bfloat16)
+    assert not verify_invariance(Segment(leaning, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
 
 
 def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> None:
@@ -172,8 +174,17 @@ def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> Non
         out, logsum = segment_fused(tiles, *others)  # type: ignore[arg-type]
         return out, logsum + 2**-12 * (tiles.shape[2] == 7)
 
-    assert verify_invariance(Segment(counting, any_rows=False), 1, 16, torch.bfloat16)
-    assert not verify_invariance(Segment(counting, any_rows=True), 1, 16, torch.bfloat16)
+    assert verify_invariance(Segment(counting, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
+    assert not verify_invariance(Segment(counting, any_rows=True, many_rows=False), 1, 16, torch.bfloat16)
+
+
+def test_a_segment_whose_bits_depend_on_a_prompt_going_in_one_piece_is_found_out() -> None:
+    def counting(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = segment_fused(tiles, *others)  # type: ignore[arg-type]
+        return out, logsum + 2**-12 * (tiles.shape[2] > 768)
+
+    assert verify_invariance(Segment(counting, any_rows=True, many_rows=False), 1, 16, torch.bfloat16)
+    assert not verify_invariance(Segment(counting, any_rows=True, many_rows=True), 1, 16, torch.bfloat16)
 
 
 def test_merging_an_empty_state_changes_no_bit() -> None:
@@ -191,7 +202,7 @@ def test_disagreeing_arguments_are_refused() -> None:
     keys, values = world.caches
     with pytest.raises(ShapeError, match="value_cache"):
         paged_attention(world.query[0], keys, values[1:], plan, 1.0, SEGMENTS["tiled"])
-    with pytest.raises(ShapeError, match="place"):
+    with pytest.raises(ShapeError, match="tokens"):
         paged_attention(world.query[0][:4], keys, values, plan, 1.0, SEGMENTS["tiled"])
     with pytest.raises(ShapeError, match="heads"):
         paged_attention(world.query[0][..., :8], keys, values, plan, 1.0, SEGMENTS["tiled"])
