@@ -26,7 +26,14 @@ from engine.sampler import sample
 from kernels import paged_attention
 from kernels.attention_plan import AttentionPlan, plan_attention
 from kernels.linear import TILE_M, Linear, Pack, keep, linear, linear_fixed_tiles, verify_invariance
-from kernels.packed_linear import pack_for_any, pack_for_tiles, packed_linear, packed_linear_tiles, packs
+from kernels.packed_linear import (
+    pack_for_any,
+    pack_for_tiles,
+    packed_linear,
+    packed_linear_pieces,
+    packed_linear_tiles,
+    packs,
+)
 from kernels.paged_attention import SEGMENTS
 
 BYTES_PER_VALUE = 2  # bfloat16
@@ -47,6 +54,8 @@ class Product:
 LINEARS = {"library": Product(linear), "fixed_tiles": Product(linear_fixed_tiles)}  # the faster first
 PACKED = {
     "packed": Product(packed_linear, pack_for_any),
+    "packed_pieces": Product(packed_linear_pieces, pack_for_any),
+    "packed_32_pieces": Product(packed_linear_pieces, pack_for_tiles),
     "packed_tiles": Product(packed_linear_tiles, pack_for_tiles),
 }
 Shape = tuple[int, int]

@@ -2,9 +2,10 @@
 
 Numeric contract: that of linear.py, and `verify_invariance` tests a machine for it, shape by shape. A weight is laid
 out for a number of rows. Laid out for one, the product was invariant for nine of the ten shapes of bench_linear.py, a
-single row too, and not for K = 4,864; so there is a second, laid out for 32 and always given exactly 32 rows. Measured
-there (torch 2.13, AVX512-bf16 and AMX, one thread): 0.46 to 0.83 of the time of `linear` up to 32 rows, 0.69 to 1 at
-128.
+single row too, and not for K = 4,864: with many rows the library cuts a long K into pieces. Up to 32 rows it was seen
+to do so for none, laid out for one row or for 32, whichever suits the shape; so there are products that take 32 rows
+at most at a time, and a last one that always takes exactly 32. Measured there (torch 2.13, AVX512-bf16 and AMX, one
+thread): 0.46 to 0.83 of the time of `linear` up to 32 rows, 0.69 to 1 at 128.
 
 In bfloat16 alone, where the processor has it. The operation is torch's own for frozen graphs.
 """
@@ -32,13 +33,13 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def pack_for_any(weight: Tensor) -> Tensor:
-    """Return a weight [N, K] packed for `packed_linear`; it can be used for nothing else."""
+    """Return a weight [N, K] packed for `packed_linear` or `packed_linear_pieces`; for nothing else."""
     packed: Tensor = _ops._reorder_linear_weight(weight.contiguous(), 1)
     return packed
 
 
 def pack_for_tiles(weight: Tensor) -> Tensor:
-    """Return a weight [N, K] packed for `packed_linear_tiles`; it can be used for nothing else."""
+    """Return a weight [N, K] packed for `packed_linear_pieces` or `packed_linear_tiles`, for nothing else."""
     packed: Tensor = _ops._reorder_linear_weight(weight.contiguous(), TILE_M)
     return packed
 
@@ -56,6 +57,13 @@ def packed_linear(
     check_product(x, weight, bias)
     product: Tensor = _ops._linear_pointwise(x, weight, bias, "none", [], "")
     return product
+
+
+def packed_linear_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the same by products of `TILE_M` rows, the last one of what is left."""
+    check_product(x, weight, bias)
+    pieces = [_ops._linear_pointwise(piece, weight, bias, "none", [], "") for piece in torch.split(x, TILE_M)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def packed_linear_tiles(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

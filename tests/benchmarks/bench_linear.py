@@ -18,7 +18,7 @@ from engine.model_runner import products_here
 from kernels.linear import verify_invariance
 from tests.benchmarks.machine import describe_machine
 
-ROWS = (1, 2, 8, 32, 128)
+ROWS = (1, 2, 8, 32, 128, 512)
 SHAPES = ((512, 256), (256, 256), (1376, 256), (256, 688), (8192, 256))
 SHAPES += ((1152, 896), (896, 896), (9728, 896), (896, 4864), (32_768, 896))
 REPEATS = 30
@@ -40,7 +40,7 @@ def main() -> None:
     threads = parser.parse_args().threads
     torch.set_num_threads(threads)
     print(f"{describe_machine()}; torch {torch.__version__}, {threads} threads")
-    print(f"{'N x K':>12} {'product':>13} {'invariant':>10}  microseconds at {', '.join(map(str, ROWS))} rows")
+    print(f"{'N x K':>12} {'product':>16} {'invariant':>10}  microseconds at {', '.join(map(str, ROWS))} rows")
     for shape in SHAPES:
         weight = torch.randn(shape).bfloat16()
         inputs = [torch.randn(rows, shape[1]).bfloat16() for rows in ROWS]
@@ -49,7 +49,7 @@ def main() -> None:
             packed, multiply = product.pack(weight), product.multiply
             figures = [microseconds(lambda: multiply(x, packed, None)) for x in inputs]  # noqa: B023 - called at once
             shown = " ".join(f"{figure:>7.0f}" for figure in figures)
-            print(f"{shape[0]:>6} x{shape[1]:>4} {name:>13} {'yes' if kept else 'no':>10} {shown}", flush=True)
+            print(f"{shape[0]:>6} x{shape[1]:>4} {name:>16} {'yes' if kept else 'no':>10} {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,26 @@ import pytest
 import torch
 
 from kernels.linear import TILE_M, Linear, Pack, linear_reference, verify_invariance
-from kernels.packed_linear import pack_for_any, pack_for_tiles, packed_linear, packed_linear_tiles, packs
+from kernels.packed_linear import (
+    pack_for_any,
+    pack_for_tiles,
+    packed_linear,
+    packed_linear_pieces,
+    packed_linear_tiles,
+    packs,
+)
 from kernels.shape import ShapeError
 
 if not packs(torch.bfloat16):
     pytest.skip("this processor packs no weights", allow_module_level=True)
 
-PRODUCTS = [(packed_linear, pack_for_any), (packed_linear_tiles, pack_for_tiles)]
-products = pytest.mark.parametrize(("product", "pack"), PRODUCTS, ids=["any", "tiles"])
+PRODUCTS = {
+    "any": (packed_linear, pack_for_any),
+    "pieces": (packed_linear_pieces, pack_for_any),
+    "pieces_packed_for_32": (packed_linear_pieces, pack_for_tiles),
+    "tiles": (packed_linear_tiles, pack_for_tiles),
+}
+products = pytest.mark.parametrize(("product", "pack"), PRODUCTS.values(), ids=PRODUCTS.keys())
 
 
 def draw(*shape: int) -> torch.Tensor:
