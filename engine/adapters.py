@@ -18,7 +18,6 @@ Source: Hu et al., ICLR 2022 (LoRA); Kalajdzievski, 2023 (rslora).
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -27,13 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.config import EngineStartError
 from engine.models.decoder import Adapter, DecoderConfig, parameter_shapes, product_parts
+from engine.reading import Progress, Reading, WeightsError, silently
 from engine.request import AdapterVersion, ModelVersion
-from engine.weights import CASTABLE, WeightsError, file_digest, joined_digest, version_digest
+from engine.shard import Shard, Stored
+from engine.weights import CASTABLE, joined_digest, version_digest
 from kernels.low_rank import LowRank
 
 CONFIG = "adapter_config.json"
@@ -95,6 +95,7 @@ def load_adapters(
     sources: Iterable[tuple[str, Path]],  # name, directory
     config: DecoderConfig,
     base: ModelVersion,
+    progress: Progress = silently,
 ) -> dict[str, LoadedAdapter]:
     """Return adapters of a model by their names.
 
@@ -105,8 +106,9 @@ def load_adapters(
     names: dict[str, str] = {}  # by version
     for name, directory in sources:
         try:
-            version = adapter_version(base, name, directory)
-            adapter = load_adapter(directory, config)
+            reading = read_adapter(directory, progress)
+            adapter = load_adapter(reading, config)
+            version = version_with(base, name, reading)
         except (AdapterError, WeightsError) as refused:
             raise AdapterError(f"adapter `{name}`: {refused}") from refused
         if version.digest in names:
@@ -116,26 +118,43 @@ def load_adapters(
     return loaded
 
 
+def read_adapter(directory: Path, progress: Progress = silently) -> Reading:
+    """Begin the reading of an adapter's directory. Raises AdapterError."""
+    reading = Reading(directory, progress, "the adapter's directory")
+    for file in (CONFIG, WEIGHTS):
+        if not reading.has(file):
+            raise AdapterError(f"`{file}` is missing in the adapter's directory; save it with PEFT as safetensors")
+    return reading
+
+
 def adapter_version(base: ModelVersion, name: str, directory: Path) -> ModelVersion:
     """Return the version of the model `base` with the adapter in `directory`. Raises AdapterError, WeightsError."""
-    for file in (CONFIG, WEIGHTS):
-        if not (directory / file).is_file():
-            raise AdapterError(f"`{file}` is missing in the adapter's directory; save it with PEFT as safetensors")
-    digest = joined_digest((file, file_digest(directory / file)) for file in (CONFIG, WEIGHTS))
+    return version_with(base, name, read_adapter(directory))
+
+
+def version_with(base: ModelVersion, name: str, reading: Reading) -> ModelVersion:
+    """Return the version of the model `base` with the adapter that was read, or is read now.
+
+    Raises:
+        WeightsError: a file cannot be read, or is not what it was any more.
+    """
+    digest = joined_digest(reading, (CONFIG, WEIGHTS))
+    reading.verify_unchanged()
     version = replace(base, adapter=AdapterVersion(name, digest))
     return replace(version, digest=version_digest(version))
 
 
-def load_adapter(directory: Path, config: DecoderConfig) -> Adapter:
-    """Return the adapter in `directory`, in bfloat16.
+def load_adapter(reading: Reading, config: DecoderConfig) -> Adapter:
+    """Return the adapter of a directory, in bfloat16.
 
     Raises:
-        AdapterError: a file cannot be read, asks for what is not served, or does not fit the model.
+        AdapterError: it asks for what is not served, or does not fit the model.
+        WeightsError: a file cannot be read, or was changed meanwhile.
     """
-    read = read_config(directory)
+    read = read_config(reading)
     sizes = _module_sizes(config)
     targets = _targets(read.targets, sizes)
-    tensors = _tensors(directory, _expected(read.rank, targets, sizes))
+    tensors = _tensors(reading, _expected(read.rank, targets, sizes))
     layers = [_layer(index, config, read, targets, tensors) for index in range(config.num_hidden_layers)]
     return Adapter(tuple(layers))
 
@@ -143,14 +162,9 @@ def load_adapter(directory: Path, config: DecoderConfig) -> Adapter:
 # --- the configuration ---
 
 
-def read_config(directory: Path) -> AdapterConfig:
-    """Read `adapter_config.json`. Raises AdapterError."""
-    try:
-        values = json.loads((directory / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"`{CONFIG}` cannot be read") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"`{CONFIG}` is not an object")
+def read_config(reading: Reading) -> AdapterConfig:
+    """Read `adapter_config.json`. Raises AdapterError, WeightsError."""
+    values = reading.json(CONFIG)
     _refuse_features(values)
     rank = values.get("r")
     if type(rank) is not int or not 1 <= rank <= MAX_RANK:
@@ -246,30 +260,27 @@ def _weight(module: str, factor: str) -> str:
     return f"{PREFIX}{module}.lora_{factor}.weight"
 
 
-def _tensors(directory: Path, expected: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+def _tensors(reading: Reading, expected: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
     """Return the weights of `expected`, in float32. Raises AdapterError: one is missing, too many, or another."""
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                tensors[name] = _checked(name, file.get_tensor(name), expected)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"`{WEIGHTS}` cannot be read as safetensors") from error
+    with reading.stream(WEIGHTS) as stream:
+        shard = Shard(stream)
+        for one in shard.weights:
+            _check(one, expected)
+        tensors = {one.name: tensor.float() for one, tensor in shard.read()}
     missing = sorted(expected.keys() - tensors.keys())
     if missing:
         raise AdapterError(f"the weight `{missing[0]}` is missing ({len(missing)} in all)")
     return tensors
 
 
-def _checked(name: str, tensor: Tensor, expected: Mapping[str, tuple[int, int]]) -> Tensor:
-    wanted = expected.get(name)
+def _check(one: Stored, expected: Mapping[str, tuple[int, int]]) -> None:
+    wanted = expected.get(one.name)
     if wanted is None:
-        raise AdapterError(f"the weight `{name}` is not one that `{CONFIG}` speaks of and this model has")
-    if tuple(tensor.shape) != wanted:
-        raise AdapterError(f"the weight `{name}` has shape {list(tensor.shape)}, not {list(wanted)}")
-    if tensor.dtype not in CASTABLE:
-        raise AdapterError(f"the weight `{name}` is {tensor.dtype}, which is not cast to bfloat16")
-    return tensor.float()
+        raise AdapterError(f"the weight `{one.name}` is not one that `{CONFIG}` speaks of and this model has")
+    if one.shape != wanted:
+        raise AdapterError(f"the weight `{one.name}` has shape {list(one.shape)}, not {list(wanted)}")
+    if one.kind not in CASTABLE:
+        raise AdapterError(f"the weight `{one.name}` is {one.kind}, which is not cast to bfloat16")
 
 
 def _layer(

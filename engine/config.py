@@ -9,7 +9,7 @@ MAX_ADAPTERS = 64
 
 # EngineStartError        catch this: the engine does not start; the message says what to do
 # ├── ConfigError         a value of EngineConfig
-# ├── WeightsError        weights.py: a file of the model directory
+# ├── WeightsError        reading.py: a file of the model's directory, or of an adapter's
 # ├── AdapterError        adapters.py: an adapter, its files or what it asks for
 # └── UnsupportedModel    an architecture or feature that cannot be served exactly
 

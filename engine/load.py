@@ -16,24 +16,28 @@ from engine.model_runner import ModelRunner, blocks_in, verify_adapters
 from engine.models.decoder import DecoderConfig
 from engine.models.model import ModelShape
 from engine.numeric_policy import digest
+from engine.reading import Progress, silently
 from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, Report, RuntimeTimes
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from engine.weights import cast_from, digest_directory
+from engine.weights import read_model, version_of
 
 
-def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRuntime:
+def load_engine(config: EngineConfig, report: Report | None = None, progress: Progress = silently) -> EngineRuntime:
     """Load the model and start the engine's thread. `report` is told of a step that is stuck or failed, and where.
+
+    `progress` is told how far the files are read. What is parsed is what was hashed: no file is read a second time.
 
     Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    version = replace(digest_directory(config.model), cast=cast_from(config.model))
-    tokenizer = Tokenizer(config.model)
-    loaded = load_model(config.model, config.max_tokens_per_step, config.context_length)
+    reading = read_model(config.model, progress)
+    tokenizer = Tokenizer(reading)
+    loaded = load_model(reading, config.max_tokens_per_step, config.context_length)
+    version = replace(version_of(reading), cast=loaded.cast)
     shape = loaded.model.config
-    adapted = _adapters(config, shape, version)
+    adapted = _adapters(config, shape, version, progress)
     adapters = {name: one.adapter for name, one in adapted.items()}
     verify_adapters(adapters.values())
     core = EngineCore(
@@ -64,9 +68,11 @@ def load_engine(config: EngineConfig, report: Report | None = None) -> EngineRun
     )
 
 
-def _adapters(config: EngineConfig, shape: ModelShape, version: ModelVersion) -> dict[str, LoadedAdapter]:
+def _adapters(
+    config: EngineConfig, shape: ModelShape, version: ModelVersion, progress: Progress
+) -> dict[str, LoadedAdapter]:
     if not config.adapters:
         return {}
     if not isinstance(shape, DecoderConfig):
         raise UnsupportedModel("`adapters` are served beside Llama, Mistral, Qwen2 and Qwen3 alone")
-    return load_adapters(config.adapters, shape, version)
+    return load_adapters(config.adapters, shape, version, progress)

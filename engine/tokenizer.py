@@ -12,7 +12,6 @@ import codecs
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -22,24 +21,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.config import UnsupportedModel
 from engine.dialect import TAGS, Dialect, ToolFormat
+from engine.reading import Reading, WeightsError
 from engine.request import RequestRefused
-from engine.weights import WeightsError, chat_template, read_json
+from engine.weights import chat_template
 
 REPLACEMENT = "\ufffd"
 MAX_HELD_TOKENS = 8  # an incomplete character is at most four bytes, so at most four byte tokens
 
 
 class Tokenizer:
-    """`runtime.Codec` over a model directory."""
+    """`runtime.Codec` over a model's directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, reading: Reading) -> None:
         """Raises: WeightsError, UnsupportedModel."""
-        config = read_json(directory, "tokenizer_config.json")
-        self._tokenizer = _load(directory)
-        self._plain = _load(directory)
+        config = reading.json("tokenizer_config.json")
+        self._tokenizer = _load(reading)
+        self._plain = _load(reading)
         self._plain.encode_special_tokens = True  # `<|im_end|>` in plain text is ten characters
         added = self._tokenizer.get_added_tokens_decoder()
-        template = chat_template(directory)
+        template = chat_template(reading)
         self.dialect = Dialect.of(template, frozenset(entry.content for entry in added.values()))
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._special = frozenset(added[token].content for token in self._special_ids)
@@ -51,7 +51,7 @@ class Tokenizer:
         # A token for what the vocabulary lacks is special too, but any rare character becomes it.
         unknown = self._variables["unk_token"]
         self._control_ids = self._special_ids - {None if unknown is None else self._tokenizer.token_to_id(unknown)}
-        self.eos_ids = self._eos(directory)
+        self.eos_ids = self._eos(reading)
 
     @property
     def vocabulary_size(self) -> int:
@@ -155,15 +155,15 @@ class Tokenizer:
         """Whether every token stands for bytes, whatever its neighbours are."""
         return type(self._tokenizer.decoder).__name__ == "ByteLevel"
 
-    def _eos(self, directory: Path) -> frozenset[int]:
+    def _eos(self, reading: Reading) -> frozenset[int]:
         """Return every id that ends an answer: the tokenizer's, and those of generation_config.json."""
         ids: set[int] = set()
         name = self._variables["eos_token"]
         if name is not None and (token := self._tokenizer.token_to_id(name)) is not None:
             ids.add(token)
         for file in ("generation_config.json", "config.json"):
-            if (directory / file).exists():
-                value = read_json(directory, file).get("eos_token_id")
+            if reading.has(file):
+                value = reading.json(file).get("eos_token_id")
                 ids.update(value if isinstance(value, list) else [] if value is None else [value])
         if not ids:
             raise UnsupportedModel("the model names no end-of-sequence token; answers would never end")
@@ -246,12 +246,12 @@ class IncrementalDetokenizer:
         return 0
 
 
-def _load(directory: Path) -> tokenizers.Tokenizer:
-    path = directory / "tokenizer.json"
-    if not path.is_file():
+def _load(reading: Reading) -> tokenizers.Tokenizer:
+    if not reading.has("tokenizer.json"):
         raise WeightsError("`tokenizer.json` is missing in the model directory; save it with a fast tokenizer")
+    source = reading.text("tokenizer.json")
     try:
-        return tokenizers.Tokenizer.from_str(_with_tags_as_text(path.read_text(encoding="utf-8")))
+        return tokenizers.Tokenizer.from_str(_with_tags_as_text(source))
     except Exception as error:  # the library raises a bare Exception for a file it cannot read
         raise WeightsError("`tokenizer.json` of the model directory cannot be read") from error
 

@@ -7,136 +7,133 @@ A version's digest covers what an answer depends on: weights, configuration, tok
 
 With an adapter (adapters.py) a last line follows: adapter sha256:d4…\\n
 
-Reads the Hugging Face layout: config.json, generation_config.json, *.safetensors (with an index if sharded).
+Reads the Hugging Face layout: config.json, generation_config.json, *.safetensors (with an index if sharded). All of it
+goes through one reading (reading.py), so that the version is that of the bytes the parameters are.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.config import EngineStartError
+from engine.reading import Progress, Reading, WeightsError, silently
 from engine.request import ModelVersion
+from engine.shard import Shard, Stored
 
 CASTABLE = (torch.bfloat16, torch.float16, torch.float32)
-_CAST_FROM = {"F16": "float16", "F32": "float32"}  # as safetensors names them
+_CAST_FROM = {torch.float16: "float16", torch.float32: "float32"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TEMPLATE = "chat_template.jinja"
+TIED_HEAD = "lm_head.weight"  # may be stored beside the embedding it is tied to
 
 
-class WeightsError(EngineStartError):
-    """A file of the model directory is missing, unreadable, or not what the configuration says."""
+def read_model(directory: Path, progress: Progress = silently) -> Reading:
+    """Begin the reading of a model's directory. Raises WeightsError."""
+    if not directory.is_dir():
+        raise WeightsError(f"`{directory.name}` is not a directory; give the path of a Hugging Face model directory")
+    return Reading(directory, progress)
 
 
-def read_json(directory: Path, name: str) -> dict[str, Any]:
-    """Return a JSON file of the directory. Raises WeightsError."""
-    try:
-        value = json.loads((directory / name).read_bytes())
-    except FileNotFoundError as error:
-        raise WeightsError(f"`{name}` is missing in the model directory") from error
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"`{name}` of the model directory cannot be read") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"`{name}` of the model directory is not an object")
-    return value
+# --- parameters ---
 
 
-def shards(directory: Path) -> list[Path]:
-    """Return the weight files, in order of name. Raises WeightsError."""
-    if (directory / INDEX).exists():
-        names = sorted(set(read_json(directory, INDEX).get("weight_map", {}).values()))
-    else:
-        names = [SINGLE]
-    for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
-            raise WeightsError(f"`{name}` is missing in the model directory")
-    return [directory / name for name in names]
+@dataclass(frozen=True, slots=True)
+class Weights:
+    tensors: dict[str, Tensor]  # bfloat16, by name
+    cast: tuple[str, ...]  # the types that some were stored in and were cast from, in order: `float16`, `float32`
 
 
-def load_parameters(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Return the parameters of `shapes`, in bfloat16.
+def load_parameters(reading: Reading, shapes: Mapping[str, tuple[int, ...]]) -> Weights:
+    """Return the parameters of `shapes`.
 
     Raises:
-        WeightsError: a weight is missing, is one too many, has another shape or a type that cannot be cast.
+        WeightsError: a weight is missing, is one too many, has another shape or a type that cannot be cast; or a file
+            cannot be read, or was changed meanwhile.
     """
-    parameters = {name: _checked(name, tensor, shapes) for name, tensor in _stored(directory)}
-    missing = sorted(shapes.keys() - parameters.keys())
+    weights = _load(reading, lambda one: _is_wanted(one, shapes))
+    missing = sorted(shapes.keys() - weights.tensors.keys())
     if missing:
         raise WeightsError(f"the weight `{missing[0]}` is missing ({len(missing)} in all)")
-    return {name: parameters[name] for name in shapes}
+    return weights
 
 
-def load_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return every weight of the checkpoint, in bfloat16, by its name there. Raises WeightsError."""
-    return {name: _cast(name, tensor) for name, tensor in _stored(directory)}
+def load_tensors(reading: Reading) -> Weights:
+    """Return every weight of the checkpoint. Raises WeightsError."""
+    return _load(reading, _is_castable)
 
 
-def _stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield every weight as it is stored, no name twice."""
-    names: set[str] = set()
-    for path in shards(directory):
-        with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                if name in names:
-                    raise WeightsError(f"the weight `{name}` is stored twice")
-                names.add(name)
-                yield name, file.get_tensor(name)
+def _load(reading: Reading, is_wanted: Callable[[Stored], bool]) -> Weights:
+    """Read all weight files, in order of name, and keep what is wanted. `is_wanted` raises before anything is read."""
+    tensors: dict[str, Tensor] = {}
+    kinds: dict[str, torch.dtype] = {}
+    for file in _shard_names(reading):
+        with reading.stream(file) as stream:
+            shard = Shard(stream)
+            for one in shard.weights:
+                if one.name in kinds:
+                    raise WeightsError(f"the weight `{one.name}` is stored twice")
+                kinds[one.name] = one.kind
+            wanted = {one.name for one in shard.weights if is_wanted(one)}
+            tensors |= {one.name: tensor.to(torch.bfloat16) for one, tensor in shard.read() if one.name in wanted}
+    return Weights(tensors, tuple(sorted(_CAST_FROM[kind] for kind in set(kinds.values()) & _CAST_FROM.keys())))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"`{path.name}` cannot be read as safetensors") from error
+def _shard_names(reading: Reading) -> list[str]:
+    if not reading.has(INDEX):
+        return [SINGLE]
+    named = reading.json(INDEX).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise WeightsError(f"`{INDEX}` does not name the files of the weights")
+    names = sorted(set(named.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise WeightsError(f"`{name}` is missing in the model directory")
+    return names
 
 
-def cast_from(directory: Path) -> tuple[str, ...]:
-    """Return the types of stored weights that loading casts. Reads headers alone. Raises WeightsError."""
-    found: set[str] = set()
-    for path in shards(directory):
-        with _opened(path) as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
-    return tuple(sorted(_CAST_FROM[kind] for kind in found & _CAST_FROM.keys()))
-
-
-def _checked(name: str, tensor: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
-    wanted = shapes.get(name)
+def _is_wanted(one: Stored, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    wanted = shapes.get(one.name)
     if wanted is None:
-        # A tied head may be stored beside the embedding it is tied to.
-        if name == "lm_head.weight":
-            return tensor
-        raise WeightsError(f"the weight `{name}` is not one of this architecture")
-    if tuple(tensor.shape) != wanted:
-        raise WeightsError(f"the weight `{name}` has shape {list(tensor.shape)}, not {list(wanted)}")
-    return _cast(name, tensor)
+        if one.name == TIED_HEAD:
+            return False
+        raise WeightsError(f"the weight `{one.name}` is not one of this architecture")
+    if one.shape != wanted:
+        raise WeightsError(f"the weight `{one.name}` has shape {list(one.shape)}, not {list(wanted)}")
+    return _is_castable(one)
 
 
-def _cast(name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype not in CASTABLE:
-        raise WeightsError(f"the weight `{name}` is {tensor.dtype}, which is not cast to bfloat16")
-    return tensor.to(torch.bfloat16)
+def _is_castable(one: Stored) -> bool:
+    if one.kind not in CASTABLE:
+        raise WeightsError(f"the weight `{one.name}` is {one.kind}, which is not cast to bfloat16")
+    return True
+
+
+# --- the version ---
 
 
 def digest_directory(directory: Path) -> ModelVersion:
     """Return the version of the model in `directory`. Raises WeightsError."""
-    if not directory.is_dir():
-        raise WeightsError(f"`{directory.name}` is not a directory; give the path of a Hugging Face model directory")
-    weights = joined_digest((path.name, file_digest(path)) for path in shards(directory))
-    config = joined_digest((name, file_digest(directory / name)) for name in _present(directory, _CONFIG_FILES))
-    tokenizer = joined_digest((name, file_digest(directory / name)) for name in _present(directory, _TOKENIZER_FILES))
-    template = "sha256:" + hashlib.sha256(chat_template(directory).encode()).hexdigest()
-    version = ModelVersion(directory.resolve().name, "", weights, config, tokenizer, template)
+    return version_of(read_model(directory))
+
+
+def version_of(reading: Reading) -> ModelVersion:
+    """Return the version of what was read; what of it was not read yet is read now.
+
+    Raises:
+        WeightsError: a file is missing or cannot be read, or one that was read is not what it was any more.
+    """
+    weights = joined_digest(reading, _shard_names(reading))
+    config = joined_digest(reading, ["config.json", *_present(reading, "generation_config.json")])
+    tokenizer = joined_digest(reading, ["tokenizer.json", *_present(reading, "tokenizer_config.json")])
+    template = "sha256:" + hashlib.sha256(chat_template(reading).encode()).hexdigest()
+    reading.verify_unchanged()
+    version = ModelVersion(reading.directory.name, "", weights, config, tokenizer, template)
     return replace(version, digest=version_digest(version))
 
 
@@ -151,37 +148,21 @@ def version_digest(version: ModelVersion) -> str:
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-_CONFIG_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def chat_template(directory: Path) -> str:
-    """Return the chat template, or nothing where the model has none."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = read_json(directory, "tokenizer_config.json").get("chat_template") or ""
+def chat_template(reading: Reading) -> str:
+    """Return the chat template, or nothing where the model has none. Raises WeightsError."""
+    if reading.has(TEMPLATE):
+        return reading.text(TEMPLATE)
+    template = reading.json("tokenizer_config.json").get("chat_template") or ""
     if isinstance(template, list):  # several by name
         template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
     return str(template)
 
 
-def _present(directory: Path, names: tuple[str, ...]) -> list[str]:
-    if not (directory / names[0]).is_file():
-        raise WeightsError(f"`{names[0]}` is missing in the model directory")
-    return [name for name in names if (directory / name).is_file()]
-
-
-def file_digest(path: Path) -> str:
-    """Raises WeightsError."""
-    try:
-        with path.open("rb") as file:
-            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WeightsError(f"`{path.name}` cannot be read") from error
-
-
-def joined_digest(files: Iterable[tuple[str, str]]) -> str:
-    """Return the digest over (name, digest) of files, in the order given."""
-    text = "".join(f"{digest} {name}\n" for name, digest in files)
+def joined_digest(reading: Reading, names: Iterable[str]) -> str:
+    """Return the digest over (digest, name) of files, in the order given. Raises WeightsError."""
+    text = "".join(f"{reading.digest(name)} {name}\n" for name in names)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _present(reading: Reading, name: str) -> list[str]:
+    return [name] if reading.has(name) else []

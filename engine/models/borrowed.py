@@ -33,27 +33,42 @@ class WeightsDoNotFit(EngineStartError):
     """The weights of a checkpoint are not those of its architecture; the message names one."""
 
 
-def build(config: BorrowedConfig, tensors: Mapping[str, Tensor]) -> Any:
+class _Slice:
+    """A weight as transformers has one of a file: by indexing. It is given out once, and not held beside what is made
+    of it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._held = [tensor]
+
+    def __getitem__(self, _: object) -> Tensor:
+        return self._held.pop()
+
+
+def build(config: BorrowedConfig, tensors: dict[str, Tensor]) -> Any:
     """Return transformers' model, as it stands, with `tensors` by their names in the checkpoint for its weights.
+
+    They are taken out of `tensors`: nothing of a model is read from a file here, and nothing of it is held twice.
 
     Raises:
         WeightsDoNotFit: a weight is missing, is one too many, or has another shape.
     """
     source = model_class(config.architecture)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    slices = {name: _Slice(tensors.pop(name)) for name in shapes}
     with quietly():
         read = source.config_class.from_dict(dict(config.source))
         try:
             module, found = source.from_pretrained(
                 None,
                 config=read,
-                state_dict=dict(tensors),
+                state_dict=slices,
                 dtype=torch.bfloat16,
                 output_loading_info=True,
                 attn_implementation="eager",
                 experts_implementation="eager",
             )
         except RuntimeError as error:  # raised where several weights of a checkpoint become one
-            raise WeightsDoNotFit(_amiss(config, tensors)) from error
+            raise WeightsDoNotFit(_amiss(config, shapes)) from error
     for kind, said in (
         ("missing_keys", "is missing"),
         ("unexpected_keys", "is not one of this architecture"),
@@ -65,7 +80,7 @@ def build(config: BorrowedConfig, tensors: Mapping[str, Tensor]) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def _amiss(config: BorrowedConfig, tensors: Mapping[str, Tensor]) -> str:
+def _amiss(config: BorrowedConfig, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return what is wrong with weights that could not be put together, by their names in the checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -74,11 +89,11 @@ def _amiss(config: BorrowedConfig, tensors: Mapping[str, Tensor]) -> str:
         module = source(source.config_class.from_dict(dict(config.source)))
     expected = revert_weight_conversion(module, module.state_dict())
     shared = module.all_tied_weights_keys  # with another weight, so that they need not be stored
-    for name in sorted(expected.keys() - tensors.keys() - shared.keys()):
+    for name in sorted(expected.keys() - shapes.keys() - shared.keys()):
         return f"the weight `{name}` is missing"
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tensors[name].shape != expected[name].shape:
-            return f"the weight `{name}` has shape {list(tensors[name].shape)}, not {list(expected[name].shape)}"
+    for name in sorted(expected.keys() & shapes.keys()):
+        if shapes[name] != tuple(expected[name].shape):
+            return f"the weight `{name}` has shape {list(shapes[name])}, not {list(expected[name].shape)}"
     return f"the weights cannot be put together as those of a `{config.architecture}`"
 
 

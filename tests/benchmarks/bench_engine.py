@@ -22,6 +22,7 @@ from engine.core import EngineCore
 from engine.model_loading import load_model
 from engine.model_runner import ModelRunner, blocks_in
 from engine.models.model import Model
+from engine.reading import Reading
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import make_limits, make_request
 
@@ -48,7 +49,7 @@ def draw_model(directory: Path) -> Path:
 
 
 def load(directory: Path) -> tuple[Model, str]:
-    loaded = load_model(directory, BUDGET)
+    loaded = load_model(Reading(directory), BUDGET)
     products = loaded.policy["linear"]
     assert isinstance(products, dict)
     named = ", ".join(f"{shape} {name}" for shape, name in products.items())

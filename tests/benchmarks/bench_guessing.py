@@ -16,6 +16,7 @@ from engine.core import EngineCore
 from engine.model_loading import load_model
 from engine.model_runner import ModelRunner
 from engine.models.model import Model
+from engine.reading import Reading
 from engine.request import GenerationRequest, SamplingParams
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from gateway.demo import model_directory
@@ -39,8 +40,8 @@ def main() -> None:
     torch.set_num_threads(2)
     print(f"{describe_machine()}; torch {torch.__version__}, 2 threads")
     directory = model_directory()
-    tokenizer = Tokenizer(directory)
-    decoder = load_model(directory, BUDGET).model
+    tokenizer = Tokenizer(Reading(directory))
+    decoder = load_model(Reading(directory), BUDGET).model
     chats = [tokenizer.render_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
     questions = [tuple(tokenizer.encode(chat, chat=True)) for chat in chats]
     repeating = [tuple(tokenizer.encode(REPEATING * 4, chat=False))]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.adapters import AdapterError, load_adapter
+from engine.adapters import AdapterError, load_adapter, read_adapter
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.load import load_engine
@@ -56,7 +56,7 @@ def adapted(
         "values": write_adapter(root / "values", directory, seed=3, rank=8, targets=("v_proj", "up_proj")),
     }
     model = load_model(directory)
-    return Adapted(model, {name: load_adapter(path, model.config) for name, path in written.items()})
+    return Adapted(model, {name: load_adapter(read_adapter(path), model.config) for name, path in written.items()})
 
 
 def prompt(length: int) -> list[int]:
@@ -110,7 +110,7 @@ def test_logits_are_those_of_merged_weights_within_bfloat16(
             for dtype in (torch.float32, torch.bfloat16)
         )
         model = load_model(directory)
-        adapter = load_adapter(written, model.config)
+        adapter = load_adapter(read_adapter(written), model.config)
         prompts = [prompt(length) for length in (2, 16, 17, 65, 257)]
         ours, base = torch.cat(logits_of(model, prompts, adapter)), torch.cat(logits_of(model, prompts))
         with torch.inference_mode():

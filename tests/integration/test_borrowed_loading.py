@@ -22,9 +22,10 @@ from engine.models.borrowed import BorrowedModel, build
 from engine.models.borrowed_config import BorrowedConfig
 from engine.models.operations import Operations
 from engine.models.products import Products
+from engine.reading import Reading
 from engine.replay import ReplayOutcome, regenerate
 from engine.request import GenerationRequest, SamplingParams
-from engine.weights import cast_from, load_tensors, read_json
+from engine.weights import load_tensors
 from kernels.linear import linear_fixed_tiles
 from kernels.paged_attention import SEGMENTS
 from tests.support.tiny_families import write_family
@@ -64,7 +65,7 @@ async def test_an_answer_is_generated_and_repeated_bit_for_bit(family: str, tiny
 
 
 def test_the_numeric_policy_names_whose_code_the_layers_are(tiny_families: dict[str, Path]) -> None:
-    policies = {family: load_model(tiny_families[family], 64).policy for family in ("gemma3", "phi3")}
+    policies = {family: load_model(Reading(tiny_families[family]), 64).policy for family in ("gemma3", "phi3")}
     for family, architecture in (("gemma3", "Gemma3ForCausalLM"), ("phi3", "Phi3ForCausalLM")):
         text = json.dumps(policies[family])
         assert architecture in text
@@ -98,13 +99,13 @@ def test_a_weight_that_is_missing_or_too_many_or_misshapen_is_named(
     for index, (wrong, change) in enumerate(changes):
         directory = rewritten(tiny_families[family], tmp_path / str(index), change)
         with pytest.raises(EngineStartError, match=f"`{wrong}`"):
-            load_model(directory, 64)
+            load_model(Reading(directory), 64)
 
 
 def test_shards_load_as_one_file_does(tmp_path: Path) -> None:
     whole, sharded = (write_family(tmp_path / size, "mixtral", max_shard_size=size) for size in ("1GB", "60KB"))
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    ours, theirs = load_tensors(whole), load_tensors(sharded)
+    ours, theirs = (load_tensors(Reading(one)).tensors for one in (whole, sharded))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -115,7 +116,7 @@ def test_a_weight_stored_in_two_files_is_named(tmp_path: Path) -> None:
     name, tensor = next(iter(load_file(first).items()))
     save_file({**load_file(second), name: tensor}, second)
     with pytest.raises(EngineStartError, match=f"`{name}` is stored twice"):
-        load_tensors(directory)
+        load_tensors(Reading(directory))
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_what_weights_were_cast_from_is_told(
             weights[name] = weights[name].to(kinds[index % len(kinds)])
 
     directory = rewritten(tiny_models["llama"], tmp_path / "model", change)
-    assert cast_from(directory) == cast
+    assert load_tensors(Reading(directory)).cast == cast
     engine = load_engine(settings(directory))
     engine.close()
     assert engine.model.cast == cast
@@ -140,7 +141,7 @@ def test_what_weights_were_cast_from_is_told(
 
 
 def changed(directory: Path, **values: Any) -> dict[str, Any]:
-    return {**read_json(directory, "config.json"), **values}
+    return {**Reading(directory).json("config.json"), **values}
 
 
 @pytest.mark.parametrize(
@@ -193,9 +194,9 @@ def test_adapters_beside_a_family_that_is_not_native_are_refused(tiny_families: 
 
 
 def borrowed(directory: Path) -> tuple[BorrowedConfig, Any]:
-    config = configuration(read_json(directory, "config.json"))
+    config = configuration(Reading(directory).json("config.json"))
     assert isinstance(config, BorrowedConfig)
-    return config, build(config, load_tensors(directory))
+    return config, build(config, load_tensors(Reading(directory)).tensors)
 
 
 def served(config: BorrowedConfig, module: Any) -> BorrowedModel:

@@ -12,10 +12,11 @@ import torch
 
 from engine.config import EngineConfig, EngineStartError, UnsupportedModel
 from engine.load import load_engine
+from engine.reading import WeightsError
 from engine.replay import ReplayOutcome, regenerate
 from engine.request import FinishReason, GenerationRequest, SamplingParams, TokenDelta
 from engine.runtime import EngineRuntime
-from engine.weights import WeightsError, digest_directory
+from engine.weights import digest_directory
 
 
 def settings(directory: Path) -> EngineConfig:

@@ -16,6 +16,7 @@ import pytest
 
 from engine.core import EngineCore
 from engine.grammar import Grammars
+from engine.reading import Reading
 from engine.request import GenerationRequest, Pooling, Structure, StructureKind
 from engine.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import EOS
@@ -216,7 +217,7 @@ def renamed(requests: list[GenerationRequest]) -> list[GenerationRequest]:
 
 @cache
 def grammars_of(directory: Path) -> Grammars:
-    return Grammars.of(Tokenizer(directory).json, VOCABULARY, frozenset({EOS}))
+    return Grammars.of(Tokenizer(Reading(directory)).json, VOCABULARY, frozenset({EOS}))
 
 
 STRUCTURES = (

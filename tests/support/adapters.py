@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.models.decoder import DecoderConfig, parameter_shapes
-from engine.weights import read_json
+from engine.reading import Reading
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EVERY = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
@@ -84,7 +84,7 @@ def _configuration(rank: int, targets: tuple[str, ...]) -> dict[str, Any]:
 def draw_factors(
     model: Path, seed: int, rank: int, targets: tuple[str, ...], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    shapes = parameter_shapes(DecoderConfig.from_json(read_json(model, "config.json")))
+    shapes = parameter_shapes(DecoderConfig.from_json(Reading(model).json("config.json")))
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, shape in shapes.items():

@@ -15,6 +15,7 @@ from engine.model_runner import ModelRunner
 from engine.models.decoder import Adapted, Adapter, KVCache
 from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, RowPlan
+from engine.reading import Reading
 from engine.request import SamplingParams
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import Ticks, make_limits
@@ -34,7 +35,7 @@ class LoadedModel:
 @cache
 def load_model(directory: Path) -> LoadedModel:
     torch.set_num_threads(1)
-    return LoadedModel(load.load_model(directory, MOST_ROWS).model)
+    return LoadedModel(load.load_model(Reading(directory), MOST_ROWS).model)
 
 
 def model_core(

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.adapters import AdapterError, adapter_version, load_adapter, load_adapters, read_config
-from engine.models.decoder import DecoderConfig
-from engine.weights import digest_directory, read_json, version_digest
+from engine.adapters import AdapterError, adapter_version, load_adapter, load_adapters, read_adapter, read_config
+from engine.config import EngineStartError
+from engine.models.decoder import Adapter, DecoderConfig
+from engine.reading import Reading
+from engine.weights import digest_directory, version_digest
 from kernels.low_rank import LowRank
 from tests.support.adapters import ATTENTION, EVERY, write_adapter
 
@@ -28,11 +30,15 @@ def model(tiny_models: dict[str, Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def config(model: Path) -> DecoderConfig:
-    return DecoderConfig.from_json(read_json(model, "config.json"))
+    return DecoderConfig.from_json(Reading(model).json("config.json"))
+
+
+def load(directory: Path, config: DecoderConfig) -> Adapter:
+    return load_adapter(read_adapter(directory), config)
 
 
 def low_rank(directory: Path, config: DecoderConfig, layer: int, product: str) -> LowRank:
-    return load_adapter(directory, config).layers[layer][product]
+    return load(directory, config).layers[layer][product]
 
 
 def factor(directory: Path, layer: int, module: str, which: str) -> torch.Tensor:
@@ -65,7 +71,9 @@ def test_factors_of_fused_modules_stand_apart_and_carry_the_scale(
 
 
 def test_only_targets_are_changed(tmp_path: Path, model: Path, config: DecoderConfig) -> None:
-    adapter = load_adapter(write_adapter(tmp_path / "a", model, rank=RANK, targets=("v_proj", "down_proj")), config)
+    adapter = load_adapter(
+        read_adapter(write_adapter(tmp_path / "a", model, rank=RANK, targets=("v_proj", "down_proj"))), config
+    )
     assert [set(layer) for layer in adapter.layers] == [{"qkv", "down"}] * 2
     found = adapter.layers[0]["qkv"]
     assert found.down.shape == (RANK, 64)
@@ -87,7 +95,11 @@ def test_targets_are_read_as_peft_reads_them(
 ) -> None:
     directory = write_adapter(tmp_path / "a", model, targets=targets, target_modules=stated)
     written = write_adapter(tmp_path / "b", model, targets=targets)
-    for ours, theirs in zip(load_adapter(directory, config).layers, load_adapter(written, config).layers, strict=True):
+    for ours, theirs in zip(
+        load(directory, config).layers,
+        load(written, config).layers,
+        strict=True,
+    ):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name].up, theirs[name].up) for name in ours)
 
@@ -146,12 +158,12 @@ def test_what_is_not_served_is_refused_by_name(
 ) -> None:
     directory = write_adapter(tmp_path / "a", model, **{member: value})
     with pytest.raises(AdapterError, match=f"`{member}`"):
-        load_adapter(directory, config)
+        load(directory, config)
 
 
 def test_members_that_say_only_how_it_was_trained_are_let_pass(tmp_path: Path, model: Path) -> None:
     changes = {"lora_dropout": 0.3, "init_lora_weights": "gaussian", "inference_mode": False, "revision": "main"}
-    assert read_config(write_adapter(tmp_path / "a", model, rank=RANK, **changes)).scale == 2.0
+    assert read_config(Reading(write_adapter(tmp_path / "a", model, rank=RANK, **changes))).scale == 2.0
 
 
 def test_what_is_wrong_with_a_weight_is_named(tmp_path: Path, model: Path, config: DecoderConfig) -> None:
@@ -173,7 +185,7 @@ def test_what_is_wrong_with_a_weight_is_named(tmp_path: Path, model: Path, confi
     for changes, said in cases:
         rewrite(directory, **changes)
         with pytest.raises(AdapterError, match=said):
-            load_adapter(directory, config)
+            load(directory, config)
         (directory / "adapter_model.safetensors").write_bytes(whole)
 
 
@@ -182,8 +194,8 @@ def test_what_is_wrong_with_a_weight_is_named(tmp_path: Path, model: Path, confi
 def test_a_damaged_file_is_named(tmp_path: Path, model: Path, config: DecoderConfig, file: str, damage: bytes) -> None:
     directory = write_adapter(tmp_path / "a", model)
     (directory / file).write_bytes(damage)
-    with pytest.raises(AdapterError, match=f"`{file}`"):
-        load_adapter(directory, config)
+    with pytest.raises(EngineStartError, match=f"`{file}`"):
+        load(directory, config)
 
 
 def test_the_version_covers_the_model_and_both_files_and_no_name(tmp_path: Path, model: Path) -> None:
@@ -221,4 +233,4 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     directory = write_adapter(tmp_path / "a", tiny_models["wide"])
     with pytest.raises(AdapterError, match="has shape"):
-        load_adapter(directory, config)
+        load(directory, config)

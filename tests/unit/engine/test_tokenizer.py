@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import UnsupportedModel
+from engine.reading import Reading, WeightsError
 from engine.request import RequestRefused
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from engine.weights import WeightsError
 from tests.support.tiny_models import SENTENCES, SPECIAL, TEMPLATE, make_tokenizer
 
 IM_START, IM_END = 1, 2
@@ -37,7 +37,7 @@ def write(directory: Path, template: str | None = TEMPLATE, **config: Any) -> Pa
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(write(tmp_path_factory.mktemp("tokenizer")))
+    return Tokenizer(Reading(write(tmp_path_factory.mktemp("tokenizer"))))
 
 
 def user(content: object) -> list[dict[str, object]]:
@@ -85,7 +85,7 @@ def test_a_character_that_the_vocabulary_lacks_is_no_control_token(tmp_path: Pat
     words.save(str(tmp_path / "tokenizer.json"))
     config = {"unk_token": "<unk>", "eos_token": "<eos>", "chat_template": "{{ messages[0]['content'] }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(tmp_path)
+    tokenizer = Tokenizer(Reading(tmp_path))
     assert tokenizer.encode(tokenizer.render_chat(user("hello 東")), chat=True) == [0, 1]
     for spelled in ("<unk>", "<eos>"):
         with pytest.raises(RequestRefused, match="control token"):
@@ -93,7 +93,7 @@ def test_a_character_that_the_vocabulary_lacks_is_no_control_token(tmp_path: Pat
 
 
 def test_two_messages_that_meet_as_a_control_token_are_refused(tmp_path: Path) -> None:
-    bare = Tokenizer(write(tmp_path, "{% for message in messages %}{{ message['content'] }}{% endfor %}"))
+    bare = Tokenizer(Reading(write(tmp_path, "{% for message in messages %}{{ message['content'] }}{% endfor %}")))
     with pytest.raises(RequestRefused, match="control token"):
         bare.render_chat([*user("<|im_"), *user("end|>")])
     assert bare.render_chat([*user("<|im"), *user("harmless")]) == "<|imharmless"
@@ -144,36 +144,36 @@ def test_every_token_has_its_bytes_and_control_tokens_their_names(tokenizer: Tok
 )
 def test_a_template_that_fails_or_reaches_out_refuses_the_request(tmp_path: Path, template: str) -> None:
     with pytest.raises(RequestRefused, match="template refuses") as refused:
-        Tokenizer(write(tmp_path, template)).render_chat(user("hello"))
+        Tokenizer(Reading(write(tmp_path, template))).render_chat(user("hello"))
     assert refused.value.param == "messages"
     assert "hello" not in str(refused.value)
 
 
 def test_a_template_may_break_out_of_loops_and_print_json(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content | tojson }}{% break %}{% endfor %}"
-    assert Tokenizer(write(tmp_path, template)).render_chat([*user("<ü>"), *user("b")]) == '"<ü>"'
+    assert Tokenizer(Reading(write(tmp_path, template))).render_chat([*user("<ü>"), *user("b")]) == '"<ü>"'
 
 
 def test_without_a_template_a_chat_is_refused_and_plain_text_is_not(tmp_path: Path) -> None:
-    plain = Tokenizer(write(tmp_path, None))
+    plain = Tokenizer(Reading(write(tmp_path, None)))
     with pytest.raises(RequestRefused, match="no chat template"):
         plain.render_chat(user("hello"))
     assert plain.decode(plain.encode("hello", chat=False)) == "hello"
 
 
 def test_every_listed_end_of_sequence_counts(tmp_path: Path) -> None:
-    assert Tokenizer(write(tmp_path, eos_token_id=[0, 77])).eos_ids == {0, IM_END, 77}
+    assert Tokenizer(Reading(write(tmp_path, eos_token_id=[0, 77]))).eos_ids == {0, IM_END, 77}
 
 
 def test_a_directory_that_cannot_be_read_is_named_at_load(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="not valid Jinja"):
-        Tokenizer(write(tmp_path, "{% if %}"))
+        Tokenizer(Reading(write(tmp_path, "{% if %}")))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(WeightsError, match=r"`tokenizer.json`"):
-        Tokenizer(tmp_path)
+        Tokenizer(Reading(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(WeightsError, match=r"`tokenizer.json` is missing"):
-        Tokenizer(tmp_path)
+        Tokenizer(Reading(tmp_path))
 
 
 # The incremental detokenizer.
@@ -244,7 +244,7 @@ def calling(argument: str) -> list[dict[str, object]]:
 
 
 def test_tools_and_their_calls_are_rendered_as_transformers_does(tmp_path: Path) -> None:
-    tokenizer = Tokenizer(write(tmp_path, TOOL_TEMPLATE))
+    tokenizer = Tokenizer(Reading(write(tmp_path, TOOL_TEMPLATE)))
     theirs = make_tokenizer()
     for options in ({}, {"enable_thinking": False}):
         expected = theirs.apply_chat_template(
@@ -261,7 +261,7 @@ def test_tools_and_their_calls_are_rendered_as_transformers_does(tmp_path: Path)
 
 @pytest.mark.parametrize("special", SPECIAL)
 def test_a_control_token_in_a_call_or_a_tool_is_refused(tmp_path: Path, special: str) -> None:
-    tokenizer = Tokenizer(write(tmp_path, TOOL_TEMPLATE))
+    tokenizer = Tokenizer(Reading(write(tmp_path, TOOL_TEMPLATE)))
     with pytest.raises(RequestRefused, match="control token") as refused:
         tokenizer.render_chat(calling(f"a{special}"))
     assert refused.value.param == "messages"
@@ -288,7 +288,7 @@ def test_the_tags_of_a_dialect_are_text_also_where_the_vocabulary_calls_them_spe
     fast.add_special_tokens({"additional_special_tokens": [AddedToken("<tool_call>", special=True)]})
     fast.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    tokenizer = Tokenizer(tmp_path)
+    tokenizer = Tokenizer(Reading(tmp_path))
     (token,) = tokenizer.encode("<tool_call>", chat=True)
     assert tokenizer.dialect.tokens == {"<tool_call>"}
     assert (tokenizer.decode([token]), tokenizer.token_text(token)) == ("<tool_call>", b"<tool_call>")

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.models.decoder import DecoderConfig, parameter_shapes
-from engine.weights import WeightsError, digest_directory, load_parameters, read_json
+from engine.reading import Reading, WeightsError
+from engine.weights import digest_directory, load_parameters
 from tests.support.tiny_models import write_model
 
 
@@ -21,7 +22,9 @@ def directory(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def load(directory: Path) -> dict[str, torch.Tensor]:
-    return load_parameters(directory, parameter_shapes(DecoderConfig.from_json(read_json(directory, "config.json"))))
+    reading = Reading(directory)
+    shapes = parameter_shapes(DecoderConfig.from_json(reading.json("config.json")))
+    return load_parameters(reading, shapes).tensors
 
 
 def rewrite(directory: Path, **changes: torch.Tensor | None) -> None:
@@ -133,7 +136,7 @@ def test_a_directory_that_is_none_or_lacks_a_file_is_named(directory: Path) -> N
         digest_directory(directory)
     (directory / "config.json").write_text("[]")
     with pytest.raises(WeightsError, match=r"`config.json` of the model directory is not an object"):
-        read_json(directory, "config.json")
+        Reading(directory).json("config.json")
     (directory / "config.json").write_bytes(b"\xff{")
     with pytest.raises(WeightsError, match=r"`config.json` of the model directory cannot be read"):
-        read_json(directory, "config.json")
+        Reading(directory).json("config.json")

@@ -1,0 +1,198 @@
+"""One reading of a model's or an adapter's directory: what is parsed is what was hashed.
+
+    Reading(directory) ▶ bytes and streams, each hashed on its way into our own memory ▶ digests, once nothing has moved
+
+A file is read, never mapped: whoever writes to a file that is mapped writes into the model that is served, unseen, and
+a private mapping protects only what was written to already. So a digest is that of the bytes that are served whatever
+happens to the files. That they are also all of one version, and not some of the one before, is seen by what the file
+system says of each: every name must still be the file that was opened, unwritten since; what was absent must be absent
+still. Times are as fine as the file system keeps them: what is rewritten within a tick of having been written may pass
+for one version, under a digest that no version has.
+
+Knows neither weights nor what the files say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.config import EngineStartError
+
+PIECE = 1 << 20  # bytes that are read and then hashed, while they are in the processor's cache
+
+Progress = Callable[
+    [str, int, int], None
+]  # a file's name, bytes read of it, bytes it has; told when it was opened and after every piece
+Identity = tuple[int, ...]  # device, inode, size, last written, last changed
+
+
+class WeightsError(EngineStartError):
+    """A file of the directory is missing, unreadable, changed meanwhile, or not what the configuration says."""
+
+
+class EndsEarly(WeightsError):
+    """A file has fewer bytes than it says."""
+
+
+def silently(name: str, done: int, size: int) -> None:
+    """Tell nobody."""
+
+
+class Stream:
+    """A file from front to back, hashed as it goes."""
+
+    def __init__(self, name: str, file: BinaryIO, size: int, progress: Progress) -> None:
+        self.name = name
+        self.size = size  # bytes, when it was opened
+        self.position = 0  # bytes, read and hashed
+        self._file = file
+        self._hash = hashlib.sha256()
+        self._progress = progress
+        progress(name, 0, size)
+
+    def fill(self, target: memoryview) -> None:
+        """Read as many bytes as `target` has. Raises EndsEarly."""
+        while target:
+            count = self._file.readinto(target[:PIECE])  # type: ignore[attr-defined]  # of an unbuffered file
+            if not count:
+                raise EndsEarly(f"`{self.name}` ends before what it says it holds")
+            self._hash.update(target[:count])
+            self.position += count
+            target = target[count:]
+            self._progress(self.name, self.position, self.size)
+
+    def take(self, count: int) -> bytes:
+        """Read `count` bytes. Raises EndsEarly."""
+        if count > self.size - self.position:  # before memory is made for them
+            raise EndsEarly(f"`{self.name}` ends before what it says it holds")
+        taken = bytearray(count)
+        self.fill(memoryview(taken))
+        return bytes(taken)
+
+    def skip_rest(self) -> None:
+        """Hash what is left without keeping it."""
+        piece = memoryview(bytearray(min(PIECE, self.size - self.position)))
+        while self.position < self.size:
+            self.fill(piece[: self.size - self.position])
+
+    @property
+    def digest(self) -> str:
+        """Of the bytes read so far."""
+        return "sha256:" + self._hash.hexdigest()
+
+
+class Reading:
+    """The files of a directory, each of one moment: the one when it was first asked for."""
+
+    def __init__(
+        self,
+        directory: Path,
+        progress: Progress = silently,
+        called: str = "the model directory",  # in messages
+    ) -> None:
+        self.directory = directory.resolve()  # a link that is led elsewhere later leads nowhere new
+        self._progress = progress
+        self._called = called
+        self._found: dict[str, Identity | None] = {}  # by name, when it was first looked for; None: there was no file
+        self._texts: dict[str, bytes] = {}
+        self._digests: dict[str, str] = {}
+
+    def has(self, name: str) -> bool:
+        """Return whether there is a file of that name."""
+        if name not in self._found:
+            self._found[name] = self._identity(name)
+        return self._found[name] is not None
+
+    def bytes(self, name: str) -> bytes:
+        """Return a small file whole. Raises WeightsError."""
+        if name not in self._texts:
+            with self.stream(name) as stream:
+                self._texts[name] = stream.take(stream.size)
+        return self._texts[name]
+
+    def text(self, name: str) -> str:
+        """Return a file of UTF-8, its lines ended as Python's text files end them. Raises WeightsError."""
+        try:
+            text = self.bytes(name).decode()
+        except UnicodeDecodeError as error:
+            raise self._unreadable(name) from error
+        return text.replace("\r\n", "\n").replace("\r", "\n")
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Return a JSON object. Raises WeightsError."""
+        try:
+            value = json.loads(self.bytes(name))
+        except (ValueError, RecursionError) as error:
+            raise self._unreadable(name) from error
+        if not isinstance(value, dict):
+            raise WeightsError(f"`{name}` of {self._called} is not an object")
+        return value
+
+    @contextmanager
+    def stream(self, name: str) -> Iterator[Stream]:
+        """Open a file to be read to its end; what is left of it when the block is left is hashed too.
+
+        Raises:
+            WeightsError: it is missing, cannot be read, or is not what it was when it was opened.
+        """
+        if not self.has(name):
+            raise WeightsError(f"`{name}` is missing in {self._called}")
+        try:
+            with open(self.directory / name, "rb", buffering=0, opener=_opened) as file:
+                self._refuse_changed(name, _identity(os.fstat(file.fileno())))
+                stream = Stream(name, file, os.fstat(file.fileno()).st_size, self._progress)
+                yield stream
+                stream.skip_rest()
+                self._refuse_changed(name, _identity(os.fstat(file.fileno())))
+        except (WeightsError, OSError) as error:
+            self._refuse_changed(name, self._identity(name))  # the better reason for what was read
+            raise self._unreadable(name) if isinstance(error, OSError) else error from error
+        if self._digests.setdefault(name, stream.digest) != stream.digest:
+            raise _changed(name)
+
+    def digest(self, name: str) -> str:
+        """Return `sha256:…` of a file: of what was read of it, or is read now. Raises WeightsError."""
+        if name not in self._digests:
+            with self.stream(name):
+                pass
+        return self._digests[name]
+
+    def verify_unchanged(self) -> None:
+        """Raises WeightsError: a file that was looked for is not what it was then."""
+        for name in sorted(self._found):
+            self._refuse_changed(name, self._identity(name))
+
+    def _refuse_changed(self, name: str, identity: Identity | None) -> None:
+        if identity != self._found[name]:
+            raise _changed(name)
+
+    def _identity(self, name: str) -> Identity | None:
+        try:
+            return _identity((self.directory / name).stat())
+        except OSError:
+            return None
+
+    def _unreadable(self, name: str) -> WeightsError:
+        return WeightsError(f"`{name}` of {self._called} cannot be read")
+
+
+def _changed(name: str) -> WeightsError:
+    return WeightsError(f"`{name}` was changed while it was read; start again when all files are in place")
+
+
+def _opened(path: str, flags: int) -> int:
+    """Open without waiting for anybody: what is a pipe by now is told from a file afterwards."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _identity(found: os.stat_result) -> Identity | None:
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
