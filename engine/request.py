@@ -202,6 +202,7 @@ class EngineHealth:
     free_blocks: int
     cached_blocks: int
     used_blocks: int
+    interrupted_steps: int = 0  # since the start: steps given up for who came meanwhile
 
 
 def choice_seed(seed: int, index: int) -> int:

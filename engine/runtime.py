@@ -239,6 +239,7 @@ class EngineRuntime:
             free_blocks=snapshot.free_blocks,
             cached_blocks=snapshot.cached_blocks,
             used_blocks=snapshot.used_blocks,
+            interrupted_steps=snapshot.interrupted_steps,
         )
 
     def metrics(self) -> EngineMetrics:

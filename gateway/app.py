@@ -31,7 +31,7 @@ from gateway.admission import Admission
 from gateway.auth.authentication import Authentication
 from gateway.auth.permissions import public_paths
 from gateway.auth.trust import key_client, trusted_verifier
-from gateway.error_responses import Containment, install_error_handlers, report_engine_trouble
+from gateway.error_responses import Containment, install_error_handlers, report_engine_trouble, report_model_reading
 from gateway.identification import RequestIdentification
 from gateway.pipeline import Clock, Pipeline
 from gateway.routes import admin, audit, health, inference, models, receipts
@@ -111,6 +111,7 @@ def load_model(settings: Settings) -> Engine:
             adapters=settings.model.adapter_directories,
         ),
         report=report_engine_trouble,
+        progress=report_model_reading,
     )
 
 

@@ -83,6 +83,12 @@ def report_engine_trouble(event: str, places: Sequence[str]) -> None:
     _diagnostics.critical(event, extra={"component": "engine", "error_places": list(places)})
 
 
+def report_model_reading(file: str, done: int, size: int) -> None:
+    """Note that a file of the model has been read whole: a large one takes a while, and whoever starts it waits."""
+    if done == size:
+        _diagnostics.info("model_file_read", extra={"component": file, "count": size})
+
+
 # --- on the wire ---
 
 

@@ -108,6 +108,7 @@ class EngineMetrics:
         self.prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache.")
         self.prefix_hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self.preemptions = counter("num_preemptions", "Sequences preempted.")
+        self.interrupted_steps = counter("num_interrupted_steps", "Steps given up for who came meanwhile.")
         self.first_token = histogram("time_to_first_token_seconds", "Arrival to first token.", _SECONDS)
         self.per_token = histogram(
             "request_time_per_output_token_seconds", "Mean per token after the first.", _SHORT_SECONDS
@@ -121,6 +122,7 @@ class EngineMetrics:
             Counter("probity_request_success", "Sequences ended, by reason.", ended, registry=registry)
         )
         self._model = model
+        self._interrupted_steps = 0  # counted already
 
     def observe_health(self, health: EngineHealth) -> None:
         blocks = health.free_blocks + health.cached_blocks + health.used_blocks
@@ -128,6 +130,8 @@ class EngineMetrics:
         self.waiting.set(health.waiting)
         self.cache_usage.set(health.used_blocks / blocks if blocks else 0)
         self.alive.set(health.alive)
+        self.interrupted_steps.inc(health.interrupted_steps - self._interrupted_steps)
+        self._interrupted_steps = health.interrupted_steps
 
     def observe_sequence(self, stats: GenerationStats, finish_reason: str) -> None:
         self._success(self._model, finish_reason).inc()

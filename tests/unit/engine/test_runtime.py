@@ -480,5 +480,5 @@ async def test_who_comes_during_a_step_of_another_s_flood_is_served_before_it_an
     assert outputs[0].finish_reason is FinishReason.ABORT
     expected = run_all(make_core(), flood)
     assert [output.tokens for output in outputs[1:]] == [expected[f"flood-{n}"].tokens for n in range(1, 6)]
-    assert engine.metrics().interrupted_steps == 1
+    assert engine.metrics().interrupted_steps == engine.health().interrupted_steps == 1
     await until(lambda: idle_and_sound(engine, core))

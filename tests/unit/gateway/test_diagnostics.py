@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from gateway.diagnostics import DiagnosticsFormatter, install_diagnostics
-from gateway.error_responses import note_failure
+from gateway.error_responses import note_failure, report_model_reading
 
 CANARY = "canary 4929 1234"
 
@@ -106,11 +106,14 @@ def test_installed_diagnostics_take_every_logger_and_drop_access_lines() -> None
         logging.getLogger("uvicorn.error").info("started with %s", CANARY)
         logging.getLogger("somebody.else").error(CANARY)
         logging.getLogger("probity.app").info("serving", extra={"port": 8080})
+        for done in (0, 5, 9):
+            report_model_reading("model-00001-of-00002.safetensors", done, 9)
     finally:
         logging.captureWarnings(False)
         root.handlers[:] = before
         root.setLevel(level)
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [line["event"] for line in lines] == ["server", "library", "serving"]
+    assert [line["event"] for line in lines] == ["server", "library", "serving", "model_file_read"]
     assert lines[2]["port"] == 8080
+    assert (lines[3]["component"], lines[3]["count"]) == ("model-00001-of-00002.safetensors", 9)
     assert CANARY not in stream.getvalue()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -40,8 +40,8 @@ class Log:
     disk_low: bool = False
 
 
-def samples(telemetry: Telemetry) -> dict[str, float]:
-    text = telemetry.exposition(HEALTH, Log(), governed=4).decode()
+def samples(telemetry: Telemetry, health: EngineHealth = HEALTH) -> dict[str, float]:
+    text = telemetry.exposition(health, Log(), governed=4).decode()
     families = text_string_to_metric_families(text)
     return {
         ",".join([sample.name, *(f"{k}={v}" for k, v in sorted(sample.labels.items()))]): sample.value
@@ -67,6 +67,14 @@ def test_engine_metrics_have_the_names_of_vllm_after_the_prefix() -> None:
     assert found[f"probity_request_time_per_output_token_seconds_sum,{model}"] == pytest.approx(0.1)
     assert found[f"probity_e2e_request_latency_seconds_count,{model}"] == 1
     assert found[f"probity_request_success_total,finished_reason=stop,{model}"] == 1
+
+
+def test_steps_that_the_engine_gave_up_are_counted_once_however_often_they_are_asked_for() -> None:
+    telemetry = Telemetry(TelemetrySettings(), "demo")
+    name = "probity_num_interrupted_steps_total,model_name=demo"
+    assert samples(telemetry)[name] == 0
+    for given_up in (3, 3, 8):
+        assert samples(telemetry, replace(HEALTH, interrupted_steps=given_up))[name] == given_up
 
 
 def test_the_gateway_counts_what_it_did() -> None:
