@@ -3,11 +3,11 @@
     Reading(directory) ▶ bytes and streams, each hashed on its way into our own memory ▶ digests, once nothing has moved
 
 A file is read, never mapped: whoever writes to a file that is mapped writes into the model that is served, unseen, and
-a private mapping protects only what was written to already. So a digest is that of the bytes that are served whatever
-happens to the files. That they are also all of one version, and not some of the one before, is seen by what the file
-system says of each: every name must still be the file that was opened, unwritten since; what was absent must be absent
-still. Times are as fine as the file system keeps them: what is rewritten within a tick of having been written may pass
-for one version, under a digest that no version has.
+a private mapping protects only the pages that this process wrote to. So a digest is that of the bytes that are served,
+whatever happens to the files. That they are also of one version, and not some of the one before, is seen by what the
+file system says of each: to the end, every name must be the file that it was when the reading began, unwritten since,
+and what was absent must be absent. Times are as fine as the file system keeps them: a file that is rewritten within a
+tick of having been written may pass, under the digest of what was read, which then no version has.
 
 Knows neither weights nor what the files say.
 """
@@ -89,7 +89,7 @@ class Stream:
 
 
 class Reading:
-    """The files of a directory, each of one moment: the one when it was first asked for."""
+    """The files of a directory as they are when this is made, or a refusal."""
 
     def __init__(
         self,
@@ -100,17 +100,17 @@ class Reading:
         self.directory = directory.resolve()  # a link that is led elsewhere later leads nowhere new
         self._progress = progress
         self._called = called
-        self._found: dict[str, Identity | None] = {}  # by name, when it was first looked for; None: there was no file
+        self._found = _files(self.directory)  # by name, at the beginning
+        self._asked: set[str] = set()  # names that something depends on
         self._texts: dict[str, bytes] = {}
         self._digests: dict[str, str] = {}
 
     def has(self, name: str) -> bool:
         """Return whether there is a file of that name."""
-        if name not in self._found:
-            self._found[name] = self._identity(name)
-        return self._found[name] is not None
+        self._asked.add(name)
+        return name in self._found
 
-    def bytes(self, name: str) -> bytes:
+    def whole(self, name: str) -> bytes:
         """Return a small file whole. Raises WeightsError."""
         if name not in self._texts:
             with self.stream(name) as stream:
@@ -120,7 +120,7 @@ class Reading:
     def text(self, name: str) -> str:
         """Return a file of UTF-8, its lines ended as Python's text files end them. Raises WeightsError."""
         try:
-            text = self.bytes(name).decode()
+            text = self.whole(name).decode()
         except UnicodeDecodeError as error:
             raise self._unreadable(name) from error
         return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -128,7 +128,7 @@ class Reading:
     def json(self, name: str) -> dict[str, Any]:
         """Return a JSON object. Raises WeightsError."""
         try:
-            value = json.loads(self.bytes(name))
+            value = json.loads(self.whole(name))
         except (ValueError, RecursionError) as error:
             raise self._unreadable(name) from error
         if not isinstance(value, dict):
@@ -140,7 +140,7 @@ class Reading:
         """Open a file to be read to its end; what is left of it when the block is left is hashed too.
 
         Raises:
-            WeightsError: it is missing, cannot be read, or is not what it was when it was opened.
+            WeightsError: it is missing, cannot be read, or is not what it was at the beginning.
         """
         if not self.has(name):
             raise WeightsError(f"`{name}` is missing in {self._called}")
@@ -152,8 +152,10 @@ class Reading:
                 stream.skip_rest()
                 self._refuse_changed(name, _identity(os.fstat(file.fileno())))
         except (WeightsError, OSError) as error:
-            self._refuse_changed(name, self._identity(name))  # the better reason for what was read
-            raise self._unreadable(name) if isinstance(error, OSError) else error from error
+            self._refuse_changed(name, _identity_at(self.directory / name))  # the better reason for what was read
+            if isinstance(error, OSError):
+                raise self._unreadable(name) from error
+            raise
         if self._digests.setdefault(name, stream.digest) != stream.digest:
             raise _changed(name)
 
@@ -165,22 +167,25 @@ class Reading:
         return self._digests[name]
 
     def verify_unchanged(self) -> None:
-        """Raises WeightsError: a file that was looked for is not what it was then."""
-        for name in sorted(self._found):
-            self._refuse_changed(name, self._identity(name))
+        """Raises WeightsError: a file that was asked for is not what it was at the beginning."""
+        for name in sorted(self._asked):
+            self._refuse_changed(name, _identity_at(self.directory / name))
 
     def _refuse_changed(self, name: str, identity: Identity | None) -> None:
-        if identity != self._found[name]:
+        if identity != self._found.get(name):
             raise _changed(name)
-
-    def _identity(self, name: str) -> Identity | None:
-        try:
-            return _identity((self.directory / name).stat())
-        except OSError:
-            return None
 
     def _unreadable(self, name: str) -> WeightsError:
         return WeightsError(f"`{name}` of {self._called} cannot be read")
+
+
+def _files(directory: Path) -> dict[str, Identity]:
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except OSError:
+        return {}  # every file will be missing, by name
+    found = {name: _identity_at(directory / name) for name in names}
+    return {name: identity for name, identity in found.items() if identity is not None}
 
 
 def _changed(name: str) -> WeightsError:
@@ -190,6 +195,14 @@ def _changed(name: str) -> WeightsError:
 def _opened(path: str, flags: int) -> int:
     """Open without waiting for anybody: what is a pipe by now is told from a file afterwards."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _identity_at(path: Path) -> Identity | None:
+    """Return what a name leads to; None: to no file."""
+    try:
+        return _identity(path.stat())
+    except OSError:
+        return None
 
 
 def _identity(found: os.stat_result) -> Identity | None:

@@ -23,29 +23,12 @@ from engine.model_loading import load_model
 from engine.model_runner import ModelRunner, blocks_in
 from engine.models.model import Model
 from engine.reading import Reading
+from tests.benchmarks.checkpoint import write_checkpoint
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import make_limits, make_request
 
 BUDGET = 512  # tokens of a step
 CONCURRENCIES = (1, 8, 32)
-
-
-def draw_model(directory: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
 
 
 def load(directory: Path) -> tuple[Model, str]:
@@ -96,7 +79,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        decoder, products = load(chosen.model or draw_model(Path(temporary)))
+        if chosen.model is None:
+            write_checkpoint("tiny", Path(temporary))
+        decoder, products = load(chosen.model or Path(temporary))
     load_average = os.getloadavg()[0]
     print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}")
     print(f"torch {torch.__version__}, {chosen.threads} threads, load average before the run {load_average:.1f}")

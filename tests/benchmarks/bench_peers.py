@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import string
 import subprocess
 import tempfile
 import time
@@ -25,21 +24,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import torch
-from tokenizers import Tokenizer
 
 from tests.benchmarks.bench_gateway import served
+from tests.benchmarks.checkpoint import CONTEXT, SHAPES, words, write_checkpoint
 from tests.benchmarks.load import Load, run_load
 from tests.benchmarks.machine import describe_machine
 from tests.support.server import free_port
 from tests.support.tenant import MODEL
-from tests.support.tiny_models import make_tokenizer
 
 CONCURRENCIES = (1, 8, 32)
-CONTEXT = 2048
 WORDS = 4096  # that questions are made of
 PEER_START_S = 300
 
@@ -50,71 +46,15 @@ class Asked:
     output: int  # tokens
 
 
-def write_checkpoint(shape: str, directory: Path) -> int:
-    """Write a model of random weights; return its parameters."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
-
-    common: dict[str, Any] = {"max_position_embeddings": CONTEXT, "tie_word_embeddings": True, "eos_token_id": 2}
-    if shape == "tiny":
-        config: Any = LlamaConfig(
-            **common,
-            vocab_size=8192,
-            hidden_size=256,
-            intermediate_size=688,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-        )
-    else:
-        config = Qwen2Config(
-            **common,
-            vocab_size=32_768,
-            hidden_size=896,
-            intermediate_size=4864,
-            num_hidden_layers=24,
-            num_attention_heads=14,
-            num_key_value_heads=2,
-        )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
-    model.generation_config.eos_token_id = 2
-    model.save_pretrained(directory)
-    make_word_tokenizer(config.vocab_size).save_pretrained(directory)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def make_word_tokenizer(vocabulary: int) -> Any:
-    """Return a tokenizer of which almost every token is a word with its blank: so each token of an answer is seen."""
-    from transformers import PreTrainedTokenizerFast
-
-    fast = make_tokenizer()
-    model = json.loads(fast.backend_tokenizer.to_str())
-    tokens = model["model"]["vocab"]
-    for number, word in zip(range(len(fast), vocabulary), _words(), strict=False):
-        tokens["Ġ" + word] = number
-    model["model"]["ignore_merges"] = True  # a word that is a token is that token
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(model)),
-        eos_token=fast.eos_token,
-        pad_token=fast.pad_token,
-        model_max_length=CONTEXT,
-        chat_template=fast.chat_template,
-    )
-
-
 def draw_requests(count: int) -> list[Asked]:
     """Return requests with lengths as in ShareGPT: 220 tokens in and 200 out in the mean, each its own text."""
     rng = random.Random(3)
-    words = list(itertools.islice(_words(), WORDS))
+    known = list(itertools.islice(words(), WORDS))
     requests = []
     for _ in range(count):
         asked, answered = _length(rng, 220, 0.8, 1024), _length(rng, 200, 0.7, 512)
-        requests.append(Asked(" ".join(rng.choice(words) for _ in range(asked)), answered))
+        requests.append(Asked(" ".join(rng.choice(known) for _ in range(asked)), answered))
     return requests
-
-
-def _words() -> Iterator[str]:
-    return ("".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
 
 
 def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
@@ -203,7 +143,7 @@ def transformers_static(directory: Path, requests: list[Asked], concurrency: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=("tiny", "half-billion"), default="tiny")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rounds", type=int, default=2, help="requests for each that is asked at once")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vLLM")
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.adapters import adapter_version
 from engine.models.decoder import DecoderConfig, parameter_shapes
 from engine.reading import Reading, WeightsError
 from engine.weights import digest_directory, load_parameters
@@ -126,6 +127,44 @@ def test_the_template_is_part_of_the_version_wherever_it_is_kept(directory: Path
     after = digest_directory(directory)
     assert before.template != after.template
     assert before.digest != after.digest
+
+
+def test_a_version_has_the_digest_that_it_always_had(tmp_path: Path) -> None:
+    """Of files written byte by byte; policies and records name such digests for good."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in names:
+        header = f'{{"{name[6:11]}": {{"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}}}'.encode()
+        (directory / name).write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(12)))
+    index = {"weight_map": {name[6:11]: name for name in names}}
+    files = {
+        "model.safetensors.index.json": json.dumps(index),
+        "config.json": '{"a": 1}',
+        "generation_config.json": '{"eos_token_id": 2}',
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": "{}",
+        "adapter_config.json": "{}",
+        "adapter_model.safetensors": "factors",
+    }
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    (directory / "chat_template.jinja").write_bytes("{{ messages }}\r\nä".encode())  # its lines end as in a text file
+    version = digest_directory(directory)
+    assert version.weights == "sha256:534ab4c583bfcd3d121744324ae3220929272cf79e57b8a94330e0cd3a7460a6"
+    assert version.config == "sha256:1821ec5a88010b8e2d3ea861b9f07c652d29c198658723c832a9489c6b50d721"
+    assert version.tokenizer == "sha256:c2402cb4eb9966ec59987648d1d09af40646c08918849f2c42961d1a327d12d8"
+    assert version.template == "sha256:6e4e9089a5f055aeb6fcfec35c0c56fb2aa2468e46564a580e1788237e161e69"
+    assert version.digest == "sha256:46aad457131ed474b01ea8205b4878bab824ece1d4857a9efc3393fe13ca307f"
+    adapted = adapter_version(version, "a", directory)
+    assert adapted.digest == "sha256:e7159f33b831d626a88635f79d78b322f83b59e48ccb0068d97b1b0fb95cfbb3"
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "{"])
+def test_an_index_that_names_no_files_is_named(directory: Path, index: str) -> None:
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=r"`model.safetensors.index.json`"):
+        load(directory)
 
 
 def test_a_directory_that_is_none_or_lacks_a_file_is_named(directory: Path) -> None:
