@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels.shape import ShapeError, check_shape
 
 TILE = 64  # keys
-SEGMENT = 512  # keys, a multiple of TILE. Measured: 256 takes 1.3 to 3 times as long at 300 keys, for what it merges
+SEGMENT = 512  # keys, a multiple of TILE. tests/benchmarks/bench_segment.py compares it with 256 and 1,024
 ROWS = 16  # query rows of a tile of few tokens
 RUN_ROWS = 1024  # of a tile of a long run, at most; a multiple of ROWS. More would mask more, and hold larger masks
 LONG_RUN = 4 * ROWS  # query rows beyond which a run has tiles of its own
@@ -33,7 +33,7 @@ class Visit:
 
     tiles: Tensor  # [n] int64
     slots: Tensor  # [n · K] int64  where the keys lie, block · P + offset
-    keys: int  # K, a multiple of TILE, ≤ SEGMENT
+    keys: int  # K, a multiple of TILE, at most a segment
     mask: Tensor | None  # [n, 1, R, K] bfloat16, 0 or −∞; None: every row sees every key. R is 1 in a lone part
     unseeing: Tensor | None  # [n, 1, R] bool, rows that see no key here; None: there is none
 
@@ -77,6 +77,7 @@ def plan_attention(
     page: int,  # P, tokens of a block
     zero_slot: int,  # a slot that holds zeros for ever
     window: int | None = None,  # keys a token sees, its own included, ≥ 1; None: all up to its own
+    segment: int = SEGMENT,  # keys, a multiple of TILE; sums are taken by segments, so that another has bits of its own
 ) -> AttentionPlan:
     """Return the plan of a step for every layer whose cache has this layout.
 
@@ -89,7 +90,9 @@ def plan_attention(
         raise ShapeError(f"{tokens} tokens, {heads} heads in {groups} groups: at most {ROWS} heads a group")
     if window is not None and window < 1:
         raise ShapeError(f"a window of {window} keys holds not even the token's own")
-    layout = _Layout(heads // groups, window, page, zero_slot)
+    if segment < 1 or segment % TILE:
+        raise ShapeError(f"segments of {segment} keys are not made of tiles of {TILE}")
+    layout = _Layout(heads // groups, window, page, zero_slot, segment)
     _, lengths = torch.unique_consecutive(sequence_of, return_counts=True)
     parts: list[Part] = []
     short = (lengths * layout.ratio <= LONG_RUN).repeat_interleave(lengths).nonzero().squeeze(1)
@@ -110,6 +113,7 @@ class _Layout:
     window: int | None
     page: int
     zero_slot: int
+    segment: int  # keys
 
 
 def _short_runs(layout: _Layout, tokens: Tensor, sequence_of: Tensor, position_of: Tensor, table: Tensor) -> Part:
@@ -156,8 +160,8 @@ def _place(sequence_of: Tensor, per_tile: int) -> Tensor:
 def _visits(layout: _Layout, rows: Tensor, table: Tensor) -> Iterator[Visit]:
     """Rows are positions [tiles, R]; table [tiles, M] holds the blocks of each tile's sequence."""
     first, last = rows.amin(dim=1), rows.amax(dim=1)
-    for start in range(0, int(last.max()) + 1, SEGMENT):
-        end = start + SEGMENT - 1
+    for start in range(0, int(last.max()) + 1, layout.segment):
+        end = start + layout.segment - 1
         reached = last >= start
         whole = reached & (first >= end)
         if layout.window is not None:
@@ -172,7 +176,7 @@ def _visits(layout: _Layout, rows: Tensor, table: Tensor) -> Iterator[Visit]:
 def _visit(layout: _Layout, tiles: Tensor, start: int, rows: Tensor, table: Tensor) -> Visit:
     window, page = layout.window, layout.page
     last = rows.amax(dim=1)
-    keys = min(SEGMENT, -(-(int(last.max()) + 1 - start) // TILE) * TILE)
+    keys = min(layout.segment, -(-(int(last.max()) + 1 - start) // TILE) * TILE)
     at = torch.arange(start, start + keys)
     column = (at // page).clamp(max=table.shape[1] - 1)  # beyond the table nothing is visible
     seen = at <= last[:, None]  # [n, K] by some row of the tile

@@ -147,6 +147,19 @@ def test_decode_equals_prefill_equals_chunks_in_bits(segment: Segment, heads: in
         assert torch.equal(decoded[1], whole[position])
 
 
+@pytest.mark.parametrize("length", [64, 192, 1024])
+def test_segments_of_another_length_are_as_exact(length: int) -> None:
+    """Only a benchmark asks for them."""
+    world, context = World([700], 6, 2, 16), 700
+    for first in (0, 690, 699):
+        at = torch.arange(first, context)
+        plan = plan_attention(
+            world.table, torch.zeros_like(at), at, 6, 2, PAGE, world.zero_slot, window=150, segment=length
+        )
+        ours = paged_attention(world.query[0][at], *world.caches, plan, 16**-0.5, SEGMENTS["tiled"])
+        torch.testing.assert_close(ours, world.reference(0, window=150)[at], atol=0.03, rtol=0.03)
+
+
 @segments
 def test_many_sequences_change_no_bit_of_one(segment: Segment) -> None:
     lengths = [1 + 53 * index % 400 for index in range(41)]
@@ -215,3 +228,6 @@ def test_disagreeing_arguments_are_refused() -> None:
         plan_attention(world.table, torch.zeros(1), torch.zeros(1), 4, 2, PAGE, world.zero_slot, 0)
     with pytest.raises(ShapeError, match="position_of"):
         plan_attention(world.table, torch.zeros(2), torch.zeros(1), 4, 2, PAGE, world.zero_slot)
+    for length in (0, 65):
+        with pytest.raises(ShapeError, match=f"segments of {length} keys"):
+            plan_attention(world.table, torch.zeros(1), torch.zeros(1), 4, 2, PAGE, world.zero_slot, segment=length)
