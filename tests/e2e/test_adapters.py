@@ -23,7 +23,7 @@ from tests.support import sdk
 from tests.support.adapters import write_adapter
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.officers import Hand, leaves
-from tests.support.sdk import openai_client, streamed_text
+from tests.support.sdk import streamed_text
 from tests.support.tenant import MODEL, activate_policy, policy_text
 
 TONE, TERMS, UNAPPROVED, ABSENT = "bank-tone", "bank-terms", "bank-draft", "bank-next"
@@ -62,17 +62,6 @@ def gateway(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with running_gateway(tmp_path_factory.mktemp("data"), engine) as running:
         activate_policy(running.app, text)
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
-    with openai_client(gateway, "app") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def auditor(gateway: RunningGateway) -> Hand:
-    return Hand(gateway, "auditor")
 
 
 def ask(client: openai.OpenAI, alias: str, **more: Any) -> Any:

@@ -19,7 +19,6 @@ from tests.support.engine_runtime import make_runtime
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.officers import Hand
 from tests.support.paged_runner import PagedRunner
-from tests.support.sdk import openai_client
 from tests.support.tenant import MODEL
 
 TEXTS = ["What does a card cost?", "Was kostet ein Konto?", "x" * 300]
@@ -37,17 +36,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     data = tmp_path_factory.mktemp("embeddings")
     with running_gateway(data, make_runtime(core), obligations=obligations, sections=SECTIONS) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
-    with openai_client(gateway, "app") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def auditor(gateway: RunningGateway) -> Hand:
-    return Hand(gateway, "auditor")
 
 
 def test_a_vector_for_each_text_of_length_one_and_the_same_alone_as_among_others(client: openai.OpenAI) -> None:

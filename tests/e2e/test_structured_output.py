@@ -18,7 +18,7 @@ from tests.support.engine_runtime import make_runtime
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.officers import Hand
 from tests.support.paged_runner import PagedRunner
-from tests.support.sdk import ask, ask_raw, openai_client, streamed_text
+from tests.support.sdk import ask, ask_raw, streamed_text
 from tests.support.tenant import MODEL
 
 QUESTION = "Summarise this complaint."
@@ -40,17 +40,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
     engine = make_runtime(core, grammars=byte_grammars())
     with running_gateway(tmp_path_factory.mktemp("structured"), engine) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
-    with openai_client(gateway, "app") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def auditor(gateway: RunningGateway) -> Hand:
-    return Hand(gateway, "auditor")
 
 
 def test_the_client_parses_an_answer_into_the_model_it_asked_for(client: openai.OpenAI) -> None:

@@ -58,17 +58,6 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway
         yield running
 
 
-@pytest.fixture(scope="module")
-def client(gateway: RunningGateway) -> Iterator[openai.OpenAI]:
-    with openai_client(gateway, "app") as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def auditor(gateway: RunningGateway) -> Hand:
-    return Hand(gateway, "auditor")
-
-
 def arguments(call: Any) -> Any:
     """Return a call's arguments, which its function's schema allows."""
     read = json.loads(call.function.arguments)

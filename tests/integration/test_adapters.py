@@ -7,7 +7,6 @@ Merged by hand into float32 weights, an adapter is a model that `transformers` r
 from __future__ import annotations
 
 import shutil
-import struct
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -27,8 +26,9 @@ from engine.request import GenerationRequest, Pooling, RequestRefused
 from engine.runtime import EngineRuntime
 from tests.support.adapters import ATTENTION, EVERY, merge, write_adapter
 from tests.support.engine_core import Output, make_request, run_all
+from tests.support.invariance import bits, prompt
 from tests.support.model_engine import LoadedModel, load_model, logits_of, model_core
-from tests.support.tiny_models import FAMILIES, VOCABULARY
+from tests.support.tiny_models import FAMILIES
 
 MODELS = ("qwen2", "wide")  # with a bias on qkv; with products that the library computes in bits of its own with AMX
 COUNTS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 64)
@@ -59,10 +59,6 @@ def adapted(
     return Adapted(model, {name: load_adapter(read_adapter(path), model.config) for name, path in written.items()})
 
 
-def prompt(length: int) -> list[int]:
-    return [3 + (5 + 31 * index * index) % (VOCABULARY - 3) for index in range(length)]
-
-
 def ask(index: int, adapter: str | None) -> GenerationRequest:
     """Prompts are beginnings of one another: were blocks shared between adapters, it would show."""
     sampling = {"temperature": 0.9, "top_logprobs": 5, "ignore_eos": True}
@@ -72,15 +68,6 @@ def ask(index: int, adapter: str | None) -> GenerationRequest:
 
 def mixed(count: int, shift: int = 0) -> list[GenerationRequest]:
     return [ask(index, NAMES[(index + shift) % len(NAMES)]) for index in range(count)]
-
-
-def bits(output: Output) -> tuple[object, ...]:
-    assert output.stats is not None
-    entries = [
-        (entry.token, entry.logprob, *(number for pair in entry.top for number in pair)) for entry in output.logprobs
-    ]
-    packed = [struct.pack(f"<{len(entry)}d", *entry) for entry in entries]
-    return tuple(output.tokens), packed, output.stats.replay_digest
 
 
 @cache

@@ -7,23 +7,21 @@ reference is then not close to itself either, so that medians are compared.
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engine.core import EngineCore
 from engine.model_runner import ModelRunner
 from engine.request import GenerationRequest, Pooling
 from tests.support.engine_core import Output, make_request, run_all
+from tests.support.invariance import bits, others, prompt
 from tests.support.model_engine import load_model, logits_of, model_core
+from tests.support.reference import Reference, load_reference
 from tests.support.tiny_families import BORROWED, WINDOW
-from tests.support.tiny_models import VOCABULARY
 
 LENGTHS = (1, 2, 15, 17, 33, WINDOW, WINDOW + 1, 130, 257, 300)
 NEW_TOKENS = 10
@@ -35,27 +33,8 @@ def directory(request: pytest.FixtureRequest, tiny_families: dict[str, Path]) ->
     return tiny_families[request.param]
 
 
-@dataclass(frozen=True)
-class Reference:
-    exact: Any  # float32
-    rounded: Any  # bfloat16
-
-    @torch.inference_mode()
-    def logits(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = torch.tensor([tokens])
-        return self.exact(batch).logits[0], self.rounded(batch).logits[0].float()
-
-
-@cache
 def reference(directory: Path) -> Reference:
-    torch.set_num_threads(1)
-    load = AutoModelForCausalLM.from_pretrained
-    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return Reference(*(load(directory, dtype=kind, **options).eval() for kind in (torch.float32, torch.bfloat16)))
-
-
-def prompt(length: int, start: int = 5) -> list[int]:
-    return [3 + (start + 31 * index * index) % (VOCABULARY - 3) for index in range(length)]
+    return load_reference(directory, attn_implementation="eager", experts_implementation="eager")
 
 
 def test_logits_are_as_close_to_float32_as_those_of_transformers_in_bfloat16(directory: Path) -> None:
@@ -81,18 +60,7 @@ def test_greedy_tokens_are_those_of_transformers_except_at_ties(directory: Path)
     whole = 0
     for length in lengths:
         ours = outputs[str(length)].tokens
-        batch = torch.tensor([prompt(length)])
-        theirs = (
-            reference(directory)
-            .exact.generate(
-                batch,
-                attention_mask=torch.ones_like(batch),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-            )[0, length:]
-            .tolist()
-        )
+        theirs = reference(directory).generate(prompt(length), NEW_TOKENS)
         whole += ours == theirs
         if ours != theirs:
             assert_tied(directory, prompt(length), ours, theirs)
@@ -124,21 +92,6 @@ def ask(length: int, name: str = "") -> GenerationRequest:
         top_logprobs=20,
         ignore_eos=True,
     )
-
-
-def others(count: int) -> list[GenerationRequest]:
-    return [
-        make_request(f"other-{index}", prompt(1 + 37 * index % 150, index), 1 + 5 * index % 12, seed=index)
-        for index in range(count)
-    ]
-
-
-def bits(output: Output) -> tuple[object, ...]:
-    assert output.stats is not None
-    entries = [
-        (entry.token, entry.logprob, *(number for pair in entry.top for number in pair)) for entry in output.logprobs
-    ]
-    return output.tokens, [struct.pack(f"<{len(entry)}d", *entry) for entry in entries], output.stats.replay_digest
 
 
 @cache

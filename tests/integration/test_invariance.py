@@ -1,13 +1,12 @@
 """Position-wise invariance with a real model: the bits of a token depend on what stands before it and on nothing else.
 
-`bits` are the tokens, the float32 logprobs with the twenty best beside them, and the replay digest. `wide` has products
-for which the library itself is not invariant on some machines, so that what replaces it is tested where that is so.
+`wide` has products for which the library itself is not invariant on some machines, so that what replaces it is tested
+where that is so.
 """
 
 from __future__ import annotations
 
 import itertools
-import struct
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,7 @@ from engine.request import GenerationRequest, Pooling, Structure, StructureKind
 from engine.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import EOS
 from tests.support.engine_core import Output, make_request, run_all, take
+from tests.support.invariance import bits, others, prompt
 from tests.support.model_engine import MOST_ROWS, load_model, model_core
 from tests.support.tiny_models import VOCABULARY
 
@@ -33,10 +33,6 @@ MODELS = ("llama", "qwen2", "qwen3", "wide")  # mistral differs from llama by no
 @pytest.fixture(params=MODELS)
 def directory(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
     return tiny_models[request.param]
-
-
-def prompt(length: int, start: int = 5) -> list[int]:
-    return [3 + (start + 31 * index * index) % (VOCABULARY - 3) for index in range(length)]
 
 
 def ask(length: int, name: str = "") -> GenerationRequest:
@@ -59,21 +55,6 @@ def ask(length: int, name: str = "") -> GenerationRequest:
         top_logprobs=20,
         ignore_eos=True,
     )
-
-
-def others(count: int) -> list[GenerationRequest]:
-    return [
-        make_request(f"other-{index}", prompt(1 + 37 * index % 150, index), 1 + 5 * index % 20, seed=index)
-        for index in range(count)
-    ]
-
-
-def bits(output: Output) -> tuple[object, ...]:
-    assert output.stats is not None
-    entries = [
-        (entry.token, entry.logprob, *(number for pair in entry.top for number in pair)) for entry in output.logprobs
-    ]
-    return output.tokens, [struct.pack(f"<{len(entry)}d", *entry) for entry in entries], output.stats.replay_digest
 
 
 @cache

@@ -7,54 +7,21 @@ reference's best two logits are closer than that loss, and only there is a diffe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from engine.request import Pooling
 from tests.support.engine_core import make_request, run_all
 from tests.support.model_engine import load_model, logits_of, model_core
+from tests.support.reference import Reference, load_reference
 from tests.support.tiny_models import FAMILIES, VOCABULARY
 
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 255, 256, 257, 300, 513, 700)
 NEW_TOKENS = 20
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
-
-
-@dataclass(frozen=True)
-class Reference:
-    exact: Any  # float32
-    rounded: Any  # bfloat16
-
-    @torch.inference_mode()
-    def logits(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = torch.tensor([tokens])
-        return self.exact(batch).logits[0], self.rounded(batch).logits[0].float()
-
-    @torch.inference_mode()
-    def generate(self, prompt: list[int]) -> list[int]:
-        """Greedy, in float32: `eos_token_id` is taken away so that as many tokens come as are asked for."""
-        batch = torch.tensor([prompt])
-        output = self.exact.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )
-        return list(output[0, len(prompt) :].tolist())
-
-
-@cache
-def reference(directory: Path) -> Reference:
-    torch.set_num_threads(1)
-    load = AutoModelForCausalLM.from_pretrained
-    return Reference(load(directory, dtype=torch.float32).eval(), load(directory, dtype=torch.bfloat16).eval())
 
 
 def prompt_of(length: int) -> list[int]:
@@ -66,7 +33,7 @@ def prompt_of(length: int) -> list[int]:
 def test_logits_are_as_close_to_float32_as_those_of_transformers_in_bfloat16(
     family: str, tiny_models: dict[str, Path]
 ) -> None:
-    model, other = load_model(tiny_models[family]), reference(tiny_models[family])
+    model, other = load_model(tiny_models[family]), load_reference(tiny_models[family])
     prompts = [prompt_of(length) for length in LENGTHS]
     for prompt, ours in zip(prompts, logits_of(model, prompts), strict=True):
         exact, rounded = other.logits(prompt)
@@ -85,14 +52,14 @@ def test_a_prompt_has_the_same_logit_bits_alone_as_in_a_batch(family: str, tiny_
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_equal_those_of_transformers_except_at_ties(family: str, tiny_models: dict[str, Path]) -> None:
-    model, other = load_model(tiny_models[family]), reference(tiny_models[family])
+    model, other = load_model(tiny_models[family]), load_reference(tiny_models[family])
     requests = [make_request(str(length), prompt_of(length), NEW_TOKENS, **GREEDY) for length in LENGTHS]
     batched = run_all(model_core(model), requests)
     whole = 0
     for length, request in zip(LENGTHS, requests, strict=True):
         ours = batched[str(length)].tokens
         assert run_all(model_core(model), [request])[str(length)].tokens == ours
-        theirs = other.generate(prompt_of(length))
+        theirs = other.generate(prompt_of(length), NEW_TOKENS)
         whole += ours == theirs
         assert_greedy(other, prompt_of(length), ours)
     assert whole >= len(LENGTHS) // 2  # the rest left the path at a tie
@@ -111,7 +78,7 @@ def assert_greedy(other: Reference, prompt: list[int], output: list[int]) -> Non
 def test_vectors_and_log_probabilities_of_a_prompt_are_those_of_the_model(
     family: str, tiny_models: dict[str, Path]
 ) -> None:
-    other = reference(tiny_models[family])
+    other = load_reference(tiny_models[family])
     for length in (2, 17, 300):
         prompt = prompt_of(length)
         with torch.inference_mode():
