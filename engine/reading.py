@@ -27,9 +27,8 @@ from engine.config import EngineStartError
 
 PIECE = 1 << 20  # bytes that are read and then hashed, while they are in the processor's cache
 
-Progress = Callable[
-    [str, int, int], None
-]  # a file's name, bytes read of it, bytes it has; told when it was opened and after every piece
+# A file's name, bytes read of it, bytes it has: told when it is opened and after every piece.
+Progress = Callable[[str, int, int], None]
 Identity = tuple[int, ...]  # device, inode, size, last written, last changed
 
 

@@ -6,6 +6,7 @@ version together, natively, through transformers' code, and of an adapter.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -164,6 +165,16 @@ def test_weights_of_a_borrowed_family_are_those_that_were_hashed(borrowed: Path,
                 data = bytes(reversed((victim / name).read_bytes()))
                 with pytest.raises(EngineStartError, match=f"`{name}` was changed while it was read"):
                     load_borrowed(victim, At(moment, partial(swap, victim / name, data)))
+
+
+def test_transformers_reads_no_file_and_nothing_is_held_beside_its_model(borrowed: Path, tmp_path: Path) -> None:
+    reading = read_model(aged_copy(borrowed, tmp_path / "victim"), silently)
+    config = BorrowedConfig.from_json(reading.json("config.json"))
+    tensors = load_tensors(reading).tensors
+    shutil.rmtree(reading.directory)
+    module = build(config, tensors)
+    assert tensors == {}
+    assert is_same(dict(module.named_parameters()), load_borrowed(borrowed, silently)[1])
 
 
 @pytest.mark.parametrize("load", [load_native, load_borrowed])
