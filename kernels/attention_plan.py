@@ -25,6 +25,7 @@ ROWS = 16  # query rows of a tile of few tokens
 RUN_ROWS = 1024  # of a tile of a long run, at most; a multiple of ROWS. More would mask more, and hold larger masks
 LONG_RUN = 4 * ROWS  # query rows beyond which a run has tiles of its own
 MAX_TILES = 64  # of one product: bounds the memory of a step
+NEAR_TILES = 8  # of one product where they see different numbers of keys, near in length: it goes by the longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,9 @@ class Part:
     tile_count: int
     rows: int  # of a tile, a multiple of ROWS
     tokens_per_tile: int  # at most
-    visits: tuple[Visit, ...]  # of each tile in ascending order of segments
+    visits: tuple[Visit, ...]  # of each tile in ascending order of segments; if there is one, of the tiles in order
     lone: bool  # every tile holds one token: its rows see the same
-
-    @property
-    def single(self) -> bool:
-        """One visit, of all tiles: nothing is to be merged."""
-        return len(self.visits) == 1
+    once: bool  # every tile is visited once: nothing is to be merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,7 @@ def _short_runs(layout: _Layout, tokens: Tensor, sequence_of: Tensor, position_o
     if not bool((sequence_of[1:] == sequence_of[:-1]).any()):
         visits = tuple(_visits(layout, position_of[:, None], table[sequence_of]))
         place = torch.arange(len(tokens)) * per_tile
-        return Part(tokens, place, len(tokens), ROWS, per_tile, visits, lone=True)
+        return Part(tokens, place, len(tokens), ROWS, per_tile, visits, lone=True, once=_once(visits, len(tokens)))
     place = _place(sequence_of, per_tile)
     count = int(place[-1]) // per_tile + 1
     starts = torch.zeros(count, dtype=torch.long)
@@ -131,14 +128,18 @@ def _short_runs(layout: _Layout, tokens: Tensor, sequence_of: Tensor, position_o
     sequence = torch.zeros(count, dtype=torch.long)
     sequence[place // per_tile] = sequence_of
     visits = tuple(_visits(layout, _padded(positions.view(count, per_tile), layout.ratio), table[sequence]))
-    return Part(tokens, place, count, ROWS, per_tile, visits, lone=False)
+    return Part(tokens, place, count, ROWS, per_tile, visits, lone=False, once=_once(visits, count))
 
 
 def _long_run(layout: _Layout, tokens: Tensor, position_of: Tensor, blocks: Tensor) -> Part:
     count = len(tokens)
     rows = _padded(position_of[None], layout.ratio)
     visits = tuple(_visits(layout, rows, blocks[None]))
-    return Part(tokens, torch.arange(count), 1, rows.shape[1], count, visits, lone=False)
+    return Part(tokens, torch.arange(count), 1, rows.shape[1], count, visits, lone=False, once=_once(visits, 1))
+
+
+def _once(visits: tuple[Visit, ...], tiles: int) -> bool:
+    return sum(len(visit.tiles) for visit in visits) == tiles
 
 
 def _padded(positions: Tensor, ratio: int) -> Tensor:
@@ -167,10 +168,21 @@ def _visits(layout: _Layout, rows: Tensor, table: Tensor) -> Iterator[Visit]:
         if layout.window is not None:
             reached &= first - layout.window < end
             whole &= last - layout.window < start
-        for chosen in (whole, reached & ~whole):
-            for tiles in torch.split(chosen.nonzero().squeeze(1), MAX_TILES):
-                if len(tiles):
-                    yield _visit(layout, tiles, start, rows[tiles], table[tiles])
+        for tiles in (*_together(whole), *_near(reached & ~whole, last)):
+            yield _visit(layout, tiles, start, rows[tiles], table[tiles])
+
+
+def _together(chosen: Tensor) -> tuple[Tensor, ...]:
+    tiles = chosen.nonzero().squeeze(1)
+    return torch.split(tiles, MAX_TILES) if len(tiles) else ()
+
+
+def _near(chosen: Tensor, last: Tensor) -> tuple[Tensor, ...]:
+    """Return the tiles by a few whose last positions are near each other."""
+    tiles = chosen.nonzero().squeeze(1)
+    if len(tiles) > NEAR_TILES:
+        tiles = tiles[last[tiles].argsort(stable=True)]
+    return torch.split(tiles, NEAR_TILES) if len(tiles) else ()
 
 
 def _visit(layout: _Layout, tiles: Tensor, start: int, rows: Tensor, table: Tensor) -> Visit:

@@ -89,8 +89,8 @@ def _attended(
     """Return the attention of the tokens of one part."""
     ratio = query.shape[2]
     tiles = _pack(query, part, segment.any_rows)
-    if part.single and sinks is None:
-        return _unpack(_visit(tiles, key_cache, value_cache, part.visits[0], scale, segment)[0], part, ratio)
+    if part.once and sinks is None:
+        return _unpack(_seen_once(tiles, key_cache, value_cache, part, scale, segment), part, ratio)
     total = _empty(tiles) if sinks is None else _sunk(tiles, sinks, ratio)
     for visit in part.visits:
         out, logsum = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment)
@@ -99,6 +99,17 @@ def _attended(
         for whole, new in zip(total, merged, strict=True):
             whole[visit.tiles] = new
     return _unpack((total[2] / total[1][..., None]).to(query.dtype), part, ratio)
+
+
+def _seen_once(
+    tiles: Tensor, key_cache: Tensor, value_cache: Tensor, part: Part, scale: float, segment: Segment
+) -> Tensor:
+    if len(part.visits) == 1:
+        return _visit(tiles, key_cache, value_cache, part.visits[0], scale, segment)[0]
+    out = torch.empty_like(tiles)
+    for visit in part.visits:
+        out[visit.tiles] = _visit(tiles[visit.tiles], key_cache, value_cache, visit, scale, segment)[0]
+    return out
 
 
 def _pack(query: Tensor, part: Part, any_rows: bool) -> Tensor:
