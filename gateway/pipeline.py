@@ -252,9 +252,10 @@ class Pipeline:
         blocked_by = next((one.blocked_by for one in inspections if one.blocked_by is not None), None)
         if blocked_by is not None:
             raise Denied(errors.content_filter(blocked_by), decision, verdicts)
-        if request.wants_logprobs and any(guardrail.withholds_output for guardrail in obligations.guardrails):
+        shown_by = _shows_tokens(request)
+        if shown_by is not None and any(guardrail.withholds_output for guardrail in obligations.guardrails):
             message = "log-probabilities would show text that an output guardrail of the policy withholds"
-            raise Denied(errors.invalid_request(message, param="logprobs"), decision, verdicts)
+            raise Denied(errors.invalid_request(message, param=shown_by), decision, verdicts)
         return tuple(inspection.text for inspection in inspections), verdicts
 
     async def _inspection(self, text: str, guardrails: Sequence[GuardrailSpec]) -> InputInspection:
@@ -451,6 +452,14 @@ class Pipeline:
                 while self._entering or self._governed:
                     await (asyncio.wait(set(self._governed)) if self._governed else asyncio.sleep(ENTERING_POLL_S))
         return not (self._entering or self._governed)
+
+
+def _shows_tokens(request: InferenceRequest) -> str | None:
+    """Return the field that asks for tokens beside the text. Those of the prompt bring what would have followed."""
+    if request.wants_logprobs:
+        return "logprobs"
+    asked = not isinstance(request, EmbeddingsRequest) and request.prompt_logprobs is not None
+    return "prompt_logprobs" if asked else None
 
 
 def _identities(question: Question) -> dict[str, str]:

@@ -437,6 +437,17 @@ def test_log_probabilities_are_refused_where_a_guardrail_withholds_output(gatewa
     assert (error.code, error.param) == ("invalid_request", "logprobs")
 
 
+@pytest.mark.parametrize("alternatives", [0, 20])
+def test_those_of_a_prompt_would_show_what_the_model_says_next_and_are_refused_too(
+    gateway: RunningGateway, engine: ScriptedEngine, alternatives: int
+) -> None:
+    asked = len(engine.prompts)
+    with openai_client(gateway, "app", tenant="halted") as client:
+        error = refusal(client, openai.BadRequestError, extra_body={"prompt_logprobs": alternatives})
+    assert (error.code, error.param) == ("invalid_request", "prompt_logprobs")
+    assert len(engine.prompts) == asked
+
+
 # --- the shape ---
 
 
