@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -37,9 +38,12 @@ MAX_BIASED_TOKENS = 1024
 MAX_ALLOWED_TOKENS = 1024
 
 ModelAlias = Annotated[StrictStr, Field(min_length=1, max_length=128, pattern=r"^[^\x00]*$")]  # it stands in a column
-Probability = Annotated[Decimal, Field(gt=0, le=1)]
-Penalty = Annotated[Decimal, Field(ge=-2, le=2)]
-Bias = Annotated[Decimal, Field(ge=-100, le=100)]
+# What a policy clamps stands in a leaf as it was asked: no more digits than a double needs, and no zeros behind.
+Number = Annotated[Decimal, Field(max_digits=24), AfterValidator(Decimal.normalize)]
+Temperature = Annotated[Number, Field(ge=0, le=2)]
+Probability = Annotated[Number, Field(gt=0, le=1)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenId = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 TokenText = Annotated[StrictStr, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")]  # one way to write each id
 TemplateValue = StrictBool | StrictInt | Annotated[StrictStr, Field(max_length=1024)]
@@ -190,17 +194,17 @@ class _InferenceBody(_Body):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[Decimal, Field(ge=0, le=2)] | None = None
+    temperature: Temperature | None = None
     top_p: Probability | None = None
     top_k: Annotated[StrictInt, Field(ge=0)] | None = None
-    min_p: Annotated[Decimal, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: StrictBool = False
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[Decimal, Field(gt=0, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
     logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=MAX_BIASED_TOKENS)] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None = None

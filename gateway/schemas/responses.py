@@ -8,12 +8,18 @@ Source: the OpenAI API reference; `seed` and `chat_template_kwargs` are the exte
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 
-from gateway.schemas.inference import ChatRequest, ModelAlias, TemplateValue, UnsupportedField
+from gateway.schemas.inference import (
+    ChatRequest,
+    ModelAlias,
+    Probability,
+    Temperature,
+    TemplateValue,
+    UnsupportedField,
+)
 from gateway.schemas.tools import MAX_TOOLS, FunctionName
 
 MAX_ITEMS = 4096
@@ -159,8 +165,8 @@ class ResponsesRequest(_Part):
     instructions: StrictStr | None = None
     stream: StrictBool = False
     max_output_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[Decimal, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Decimal, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None

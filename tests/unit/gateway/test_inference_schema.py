@@ -193,6 +193,19 @@ def test_parts_of_a_message_are_one_text_and_a_stop_is_a_list() -> None:
     assert CompletionRequest.model_validate(PLAIN | {"prompt": ["one"]}).text == "one"
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty"])
+@pytest.mark.parametrize("number", ["0." + "4" * 25, "0." + "0" * 70_000 + "1", 1e-30])
+def test_a_number_of_more_digits_than_a_leaf_should_hold_is_refused(name: str, number: object) -> None:
+    error = refused(ChatRequest, CHAT | {name: number})
+    assert (error.param, error.message) == (name, f"`{name}`: is not valid")
+
+
+def test_every_number_that_a_client_means_has_few_enough_digits() -> None:
+    for number in (0.1 + 0.2, 1 / 3, 5e-324 + 0.7, 1e-7, "0.70"):
+        assert ChatRequest.model_validate(CHAT | {"temperature": number}).temperature == Decimal(str(number))
+    assert str(ChatRequest.model_validate(CHAT | {"temperature": "0.5" + "0" * 70_000}).temperature) == "0.5"
+
+
 def test_decimals_keep_what_was_written() -> None:
     assert ChatRequest.model_validate(CHAT | {"temperature": 0.7}).temperature == Decimal("0.7")
     assert ChatRequest.model_validate(CHAT | {"temperature": 0}).temperature == 0
