@@ -31,6 +31,7 @@ from gateway.admission import Admission
 from gateway.auth.authentication import Authentication
 from gateway.auth.permissions import public_paths
 from gateway.auth.trust import key_client, trusted_verifier
+from gateway.bounded_http import BoundedHttp
 from gateway.error_responses import Containment, install_error_handlers, report_engine_trouble, report_model_reading
 from gateway.identification import RequestIdentification
 from gateway.pipeline import Clock, Pipeline
@@ -231,6 +232,8 @@ def server(app: FastAPI) -> Server:
         secured(app, app.state.key_client),
         host=settings.host,
         port=settings.port,
+        http=BoundedHttp,
+        h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,
         access_log=False,
         server_header=False,
