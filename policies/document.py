@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import date, time
 from decimal import Decimal
 from functools import cached_property
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -27,11 +28,12 @@ from policies.decision import Action, LimitKind, Stage, StreamingMode
 from policies.guardrails.detectors import DETECTORS, longest_span
 
 MAX_DOCUMENT_BYTES = 1 << 18  # PyYAML reads some 100 KB a second
+MAX_FINDINGS = 100  # of one document; who corrects them sees the rest
 MAX_DEPTH = 16
 API_VERSION = "policy/v1"
 FLOOR_TENANT = "*"  # whose policy is every tenant's floor
 
-# PolicyInvalid    the document is refused; `findings` says where and why, all of them
+# PolicyInvalid    the document is refused; `findings` says where and why, the first hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,13 +249,15 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[str] = set()
         for position, key in enumerate(keys):
             if not isinstance(key, str):
                 raise PolicyInvalid([Finding(_line(node), "a key must be a text")])
-            if key in keys[:position]:
+            if key in seen:
                 raise PolicyInvalid(
                     [Finding(f"line {node.value[position][0].start_mark.line + 1}", "a key is given twice")]
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep=True)
 
 
@@ -291,15 +295,28 @@ def parse_policy(text: str) -> PolicyDocument:
     return read_document(value)
 
 
+def read_submitted(value: object) -> PolicyDocument:
+    """Read what somebody sent: a text, or plain values as JSON gave them; both are bounded. Raises PolicyInvalid.
+
+    Cost: up to three seconds for YAML of the greatest length.
+    """
+    if isinstance(value, str):
+        return parse_policy(value)
+    if len(json.dumps(value, ensure_ascii=False)) > MAX_DOCUMENT_BYTES:
+        raise PolicyInvalid([Finding("document", f"longer than {MAX_DOCUMENT_BYTES} bytes")])
+    return read_document(value)
+
+
 def read_document(value: object) -> PolicyDocument:
     """Check plain values, as YAML or JSON gave them. Raises PolicyInvalid."""
     try:
         document = PolicyDocument.model_validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
-        raise PolicyInvalid([_finding(one) for one in error.errors(include_url=False, include_input=False)]) from error
+        wrong = error.errors(include_url=False, include_input=False)
+        raise PolicyInvalid([_finding(one) for one in wrong[:MAX_FINDINGS]]) from error
     except (TypeError, ValueError, RecursionError) as error:
         raise PolicyInvalid([Finding("document", "not a policy document")]) from error
-    findings = list(_check(document))
+    findings = list(islice(_check(document), MAX_FINDINGS))
     if findings:
         raise PolicyInvalid(findings)
     return document
@@ -317,16 +334,18 @@ def _finding(error: Any) -> Finding:
 
 def _check(document: PolicyDocument) -> Iterator[Finding]:
     seen: set[str] = set()
+    defined = frozenset(purpose.id for purpose in document.purposes)
     for position, rule in enumerate(document.rules):
         path = f"rules[{position}]"
         if rule.id in seen:
             yield Finding(f"{path}.id", f"`{rule.id}` is the id of another rule")
         seen.add(rule.id)
-        yield from _check_rule(document, rule, path)
-    purposes = [purpose.id for purpose in document.purposes]
-    for position, purpose in enumerate(purposes):
-        if purpose in purposes[:position]:
-            yield Finding(f"purposes[{position}].id", f"`{purpose}` is defined twice")
+        yield from _check_rule(document, rule, defined, path)
+    purposes: set[str] = set()
+    for position, purpose in enumerate(document.purposes):
+        if purpose.id in purposes:
+            yield Finding(f"purposes[{position}].id", f"`{purpose.id}` is defined twice")
+        purposes.add(purpose.id)
     for name, guardrail in document.guardrails.items():
         yield from _check_guardrail(guardrail, f"guardrails.{name}")
     for name, params in document.params.items():
@@ -341,7 +360,7 @@ def _check(document: PolicyDocument) -> Iterator[Finding]:
             yield Finding(f"models.{name}.expires", "is not a date")
 
 
-def _check_rule(document: PolicyDocument, rule: Rule, path: str) -> Iterator[Finding]:
+def _check_rule(document: PolicyDocument, rule: Rule, purposes: frozenset[str], path: str) -> Iterator[Finding]:
     when = rule.when
     if rule.effect == "allow" and not (when.roles_any or when.clients_any):
         yield Finding(f"{path}.when", "an allow must say who: give `roles_any` or `clients_any`")
@@ -361,7 +380,7 @@ def _check_rule(document: PolicyDocument, rule: Rule, path: str) -> Iterator[Fin
     if when.hours_utc is not None and when.hours_utc.start == when.hours_utc.end:
         yield Finding(f"{path}.when.hours_utc", "`start` and `end` are the same; leave the hours out for all day")
     defined: list[tuple[str, tuple[str, ...], object]] = [
-        ("when.purposes_any", when.purposes_any or (), {purpose.id for purpose in document.purposes}),
+        ("when.purposes_any", when.purposes_any or (), purposes),
         ("when.models_any", when.models_any or (), document.models),
         ("with.guardrails", rule.with_.guardrails, document.guardrails),
         ("with.limits", (rule.with_.limits,) if rule.with_.limits else (), document.limits),

@@ -29,8 +29,7 @@ from policies.document import (
     Finding,
     PolicyDocument,
     PolicyInvalid,
-    parse_policy,
-    read_document,
+    read_submitted,
     warnings,
 )
 from policies.store import AlreadySo, NoSuchVersion, StaleGeneration, StoredVersion, TenantState
@@ -105,14 +104,11 @@ async def create_version(request: Request, tenant: str) -> JSONResponse:
     """Store a new, validated version. It holds once somebody activates it."""
     body = await read_body(request, VersionBody)
     change = await _change(request, tenant, body)
-    document = _document(body, tenant)
+    reads, today = state_of(request).reads, state_of(request).clock.now().date()
+    document = await reads.run(_document, body, tenant)  # beside the event loop: seconds, where it is long
     number = await _made(request, _changes(request).draft(change, document), change)
-    today = state_of(request).clock.now().date()
-    answer = {
-        "tenant": tenant,
-        "version": number,
-        "warnings": [_finding(finding) for finding in warnings(document, today)],
-    }
+    found = await reads.run(warnings, document, today)
+    answer = {"tenant": tenant, "version": number, "warnings": [_finding(finding) for finding in found]}
     location = f"/admin/tenants/{tenant}/policy/versions/{number}"
     return _tagged(answer, change.generation + 1, status=201, headers={"location": location})
 
@@ -194,7 +190,7 @@ async def _made(request: Request, making: Awaitable[T], change: Change) -> T:
 def _document(body: VersionBody, tenant: str) -> PolicyDocument:
     """Return the document, whole and the tenant's own. Raises: ApiError with every finding."""
     try:
-        document = parse_policy(body.document) if isinstance(body.document, str) else read_document(body.document)
+        document = read_submitted(body.document)
         if document.tenant != tenant:
             raise PolicyInvalid([Finding("tenant", "is not the tenant whose policy this is")])
     except PolicyInvalid as invalid:

@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from sqlalchemy import text
 
-from policies.document import parse_policy
+from policies.document import MAX_FINDINGS, parse_policy
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.officers import Hand, database_locked, identities, leaves, part
 from tests.support.scripted_engine import ScriptedEngine
@@ -70,6 +71,20 @@ def draft(author: Hand, text: str, tag: str | None = None) -> httpx.Response:
 
 
 # --- versions ---
+
+
+def test_questions_are_answered_while_a_long_policy_is_read(app: Hand, author: Hand) -> None:
+    """On the event loop, reading it would let by at most the few that came before."""
+    long = "".join(f"key-{number}: 1\n" for number in range(14_000))
+    answered, tag = 0, etag(author)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(draft, author, long, tag)
+        while not reading.done():
+            app.post("/v1/chat/completions", CHAT).raise_for_status()
+            answered += 1
+    assert reading.result().status_code == 422
+    assert len(reading.result().json()["findings"]) == MAX_FINDINGS
+    assert answered > 5
 
 
 def test_a_new_version_holds_only_once_it_is_activated(
@@ -247,8 +262,14 @@ def test_without_a_record_there_is_no_change(
     assert [answer.status_code for answer in answers] == [503] * 3
     # What was not confirmed may still have been made, once the database answers again: but never without its record.
     admin.get(f"/admin/tenants/{TENANT}").raise_for_status()
-    state = gateway.rooms.policies.state(TENANT)
-    assert state.generation - 3 == len(leaves(gateway)) - before
+    query = text(
+        "SELECT (SELECT generation FROM tenant_state WHERE tenant = :tenant),"
+        " (SELECT count(*) FROM leaf WHERE log = :log)"
+    )
+    with gateway.rooms.log.database.reader.connect() as connection:  # at one moment: the last may just be written
+        asked = {"tenant": TENANT, "log": gateway.rooms.log.origin(TENANT)}
+        generation, count = connection.execute(query, asked).one()
+    assert generation - 3 == count - before
 
 
 def test_rolling_back_to_nothing_is_refused(gateway: RunningGateway, approver: Hand) -> None:

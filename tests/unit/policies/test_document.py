@@ -9,12 +9,14 @@ import pytest
 
 from policies.document import (
     MAX_DOCUMENT_BYTES,
+    MAX_FINDINGS,
     PolicyInvalid,
     check_floor,
     compose,
     parse_policy,
     period_days,
     read_document,
+    read_submitted,
     warnings,
 )
 from policies.guardrails.detectors import longest_span
@@ -121,6 +123,28 @@ def test_parse_reads_words_that_other_loaders_turn_into_values() -> None:
 )
 def test_each_offence_is_found_at_its_path(members: dict[str, Any], path: str, what: str) -> None:
     assert what in findings(**members)[path].lower() or what in findings(**members)[path]
+
+
+def test_what_somebody_sends_is_bounded_as_text_and_as_json_and_so_is_what_is_found_in_it() -> None:
+    long = document_value(purposes=[{"id": f"p{number}"} for number in range(20_000)])
+    with pytest.raises(PolicyInvalid, match="longer than"):
+        read_submitted(long)
+    with pytest.raises(PolicyInvalid, match="longer than"):
+        read_submitted(HEAD + "#" * MAX_DOCUMENT_BYTES)
+    assert read_submitted(document_value()) == read_document(document_value())
+    for wrong in ([{"id": f"r{number}"} for number in range(500)], [deny("same")] * 500):
+        with pytest.raises(PolicyInvalid) as refused:
+            read_submitted(document_value(rules=wrong))
+        assert len(refused.value.findings) == MAX_FINDINGS
+
+
+def test_the_work_of_reading_grows_with_the_length_and_not_with_its_square() -> None:
+    """With a comparison for each pair of names these would be 1,800 million, and the test would not end."""
+    names = [f"a{number}" for number in range(60_000)]
+    assert len(read_document(document_value(purposes=[{"id": name} for name in names])).purposes) == len(names)
+    with pytest.raises(PolicyInvalid) as refused:
+        parse_policy("".join(f"{name}:\n" for name in names[:30_000]))
+    assert len(refused.value.findings) == MAX_FINDINGS
 
 
 def test_all_offences_are_found_at_once() -> None:
