@@ -52,7 +52,7 @@ from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore, StoreUnavailable
 
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
-INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is inspected beside the event loop
+INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is rendered, inspected and counted beside the event loop
 ENTERING_POLL_S = 0.01  # while draining
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
@@ -206,8 +206,10 @@ class Pipeline:
         obligations = decision.obligations
         if obligations is None:
             raise Denied(_denial(decision), decision)
-        rendered, verdicts = await self._inspect(question.request, decision, obligations)
-        prompts = self._count(question.request, rendered, decision, obligations, verdicts)
+        rendered, verdicts = await self._inspect(question, decision, obligations)
+        long = len(question.body) > INSPECTED_AT_ONCE
+        counting = (question.request, rendered, decision, obligations, verdicts)
+        prompts = await self._inspections.run(self._count, *counting) if long else self._count(*counting)
         sampling = await self._sampling(question.request, rendered, prompts, decision, obligations, verdicts)
         return Grant(
             question=question,
@@ -239,11 +241,13 @@ class Pipeline:
         )
 
     async def _inspect(
-        self, request: InferenceRequest, decision: Decision, obligations: Obligations
+        self, question: Question, decision: Decision, obligations: Obligations
     ) -> tuple[tuple[str, ...], tuple[Verdict, ...]]:
         """Return the texts for the model, as the chat template renders them and after the input guardrails."""
+        request = question.request
+        long = len(question.body) > INSPECTED_AT_ONCE
         try:
-            rendered = self._render(request)
+            rendered = await self._inspections.run(self._render, request) if long else self._render(request)
         except RequestRefused as refused:
             param = request.prompt_field if refused.param == "messages" else refused.param
             raise Denied(errors.invalid_request(str(refused), param=param), decision) from None

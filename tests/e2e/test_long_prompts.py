@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from tests.support.gateway import running_gateway
 from tests.support.guardrails import CARDS
@@ -34,6 +37,44 @@ def test_short_questions_are_answered_while_a_long_one_is_inspected(tmp_path: Pa
             assert app.post("/v1/chat/completions", asking("hello")).status_code == 200
             answered += 1
     assert answered > 5
+
+
+class SlowToRead(ScriptedEngine):
+    """It renders and counts a long prompt only once it is let."""
+
+    def __init__(self) -> None:
+        super().__init__(context_length=1 << 20)
+        self.let = threading.Event()
+        self.waits: list[str] = []
+
+    def render_chat(self, messages: Sequence[Mapping[str, object]], **more: Any) -> str:
+        self._wait(str(messages), "rendered")
+        return super().render_chat(messages, **more)
+
+    def encode(self, text: str, *, chat: bool) -> list[int]:
+        self._wait(text, "counted")
+        return super().encode(text, chat=chat)
+
+    def _wait(self, text: str, what: str) -> None:
+        if len(text) > 10_000:
+            self.waits.append(what)
+            assert self.let.wait(30)
+
+
+def test_short_questions_are_answered_while_a_long_one_is_rendered_and_counted(tmp_path: Path) -> None:
+    """A tokenizer takes seconds for a body of the greatest size."""
+    engine = SlowToRead()
+    with running_gateway(tmp_path, engine) as gateway, ThreadPoolExecutor(1) as pool:
+        app, patient = Hand(gateway, "app"), Hand(gateway, "app")
+        long = pool.submit(patient.post, "/v1/chat/completions", asking("word " * 4_000))
+        while not engine.waits:
+            assert app.post("/v1/chat/completions", asking("hello")).status_code == 200
+        for _ in range(5):
+            assert app.post("/v1/chat/completions", asking("hello")).status_code == 200
+        assert not long.done()
+        engine.let.set()
+        assert long.result().status_code == 200
+    assert engine.waits == ["rendered", "counted"]
 
 
 def test_what_stands_at_the_end_of_a_long_prompt_is_found(tmp_path: Path) -> None:
