@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -26,6 +27,7 @@ from engine.request import RequestRefused
 from engine.weights import chat_template
 
 REPLACEMENT = "\ufffd"
+_BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")  # of a byte for which a vocabulary has no character
 MAX_HELD_TOKENS = 8  # an incomplete character is at most four bytes, so at most four byte tokens
 
 
@@ -130,15 +132,21 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def token_text(self, token: int) -> bytes:
-        """Return the bytes of one token; of a control token, its name."""
+        """Return the bytes of one token, as it stands behind others; of a control token, its name.
+
+        Alone it would lose the blank it begins with, where a decoder drops that of a whole text.
+        """
         name = self._tokenizer.id_to_token(token)
         if name is None:
             return b""
         if token in self._special_ids:
             return str(name).encode()
-        if not self.is_byte_level:
-            return self.decode([token]).encode()
-        return self.plain_bytes(token)
+        if self.is_byte_level:
+            return self.plain_bytes(token)
+        alone = self.decode([token])
+        if _BYTE_NAME.fullmatch(name) and alone != name:
+            return bytes([int(name[3:5], 16)])
+        return self.decode([token, token])[len(alone) :].encode()
 
     def plain_bytes(self, token: int) -> bytes:
         """Return what a token of a byte-level vocabulary adds to the text: bytes, none for a control token."""

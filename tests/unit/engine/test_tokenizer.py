@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
 
 from engine.config import UnsupportedModel
 from engine.reading import Reading, WeightsError
@@ -122,6 +124,38 @@ def test_plain_text_comes_back_whole(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, chat=False)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_text, ids)) == text.encode()
+
+
+def sentencepiece(directory: Path) -> Tokenizer:
+    """Return a tokenizer as Llama 2 has it: a blank belongs to the word behind it, and a text's first is dropped."""
+    write(directory)
+    blank = "\u2581"
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += [blank, *"abcdefghijklmnopqrstuvwxyz0123456789"]
+    model = models.BPE({word: token for token, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(blank), normalizers.Replace(" ", blank)])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(blank, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return Tokenizer(directory)
+
+
+@pytest.mark.parametrize(
+    "text", ["the card is 4111 1111", "a  b", " begins with a blank", "caf\u00e9 \u20ac 5 \U0001f600 ok"]
+)
+def test_a_token_s_text_is_never_shorter_than_what_it_adds_to_an_output(tmp_path: Path, text: str) -> None:
+    """Log-probabilities leave by counting characters: a token that counted too few would leave before its text."""
+    tokenizer = sentencepiece(tmp_path)
+    tokens = tokenizer.encode(text, chat=False)
+    assert tokenizer.decode(tokens) == text
+    for count in range(1, len(tokens) + 1):
+        counted = b"".join(map(tokenizer.token_text, tokens[:count])).decode(errors="replace")
+        assert len(counted) >= len(tokenizer.decode(tokens[:count]).rstrip("\ufffd"))
+    assert b"".join(map(tokenizer.token_text, tokens)).decode() == " " + text
 
 
 def test_every_token_has_its_bytes_and_control_tokens_their_names(tokenizer: Tokenizer) -> None:
