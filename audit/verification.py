@@ -3,7 +3,8 @@
 In the order of the leaves: the index is dense; the bytes have the stored hash, are canonical, and say what the row's
 columns say; `writer_seq` is dense and `prev` chained per writer; each part's ciphertext has the committed hash; at the
 size of every signed checkpoint, stored or held by the auditor, the root is the signed one. Then what is not in the
-tree: leaves not yet numbered, chains, tiles, the stored head, closing records.
+tree: leaves not yet numbered, chains, tiles, the stored head, closing records, and the officers' index: a request that
+is hidden from who searches is as good as one that is not there.
 
 A leaf that was changed together with its stored hash shows later, in a root or in the next leaf of its writer.
 `_blame` then finds which leaf of those not yet proved by a signature it was.
@@ -27,11 +28,13 @@ from sqlalchemy import Connection, Engine, Row, Select, and_, func, literal, sel
 from audit.canonical import LeafError, leaf_hash
 from audit.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from audit.content import ContentError, check_ciphertext
+from audit.index import closing_values, opening_row
 from audit.leaf import FIRST_PREV, Leaf
 from audit.merkle import HASH_BYTES, Frontier, MerkleError, root_of
 from audit.note import NoteError
 from audit.records import CLOSING, RecordType
-from audit.tables import chain, checkpoint, content, head, leaf, leaf_number, tile
+from audit.story import OPENING
+from audit.tables import chain, checkpoint, content, head, leaf, leaf_number, request_index, tile
 from audit.trust import Trust
 
 LEAVES_AT_ONCE = 64  # whose content is looked up by one statement
@@ -148,18 +151,21 @@ class LogVerifier:
     tails: dict[str, _Tail] = field(default_factory=dict)
     frontier: Frontier = field(default_factory=Frontier)
     tile_hashes: list[bytes] = field(default_factory=list)  # of the tile that is filling up
+    numbered: dict[str, int] = field(default_factory=dict)  # writer → its leaves in the tree
     counts: _Counts = field(default_factory=_Counts)
 
     def run(self) -> LogReport:
         wrong = None
         try:
             self._numbered_leaves()
+            self.numbered = {writer: tail.seq + 1 for writer, tail in self.tails.items()}
             self._unnumbered_leaves()
             self._chains()
             self._upper_tiles()
             self._head()
             self._content_without_leaf()
             self._requests()
+            self._index()
         except _Found as found:
             wrong = Wrong(self.log, found.index, found.reason)
         except (TypeError, ValueError, OverflowError, MemoryError):
@@ -413,11 +419,17 @@ class LogVerifier:
 
     def _chains(self) -> None:
         """Compare with how far each writer says it came: the last leaves of a chain have no successor to miss them."""
-        rows = self.connection.execute(select(chain.c.writer, chain.c.appended).where(chain.c.log == self.log))
-        for writer, appended in rows:
+        columns = (chain.c.writer, chain.c.appended, chain.c.numbered)
+        unsaid = set(self.tails)
+        for writer, appended, numbered in self.connection.execute(select(*columns).where(chain.c.log == self.log)):
+            unsaid.discard(writer)
             found = self.tails[writer].seq + 1 if writer in self.tails else 0
             if found != appended:
                 raise _Found(f"writer `{writer}` appended {appended} leaves, and {found} are there")
+            if self.numbered.get(writer, 0) != numbered:
+                raise _Found(f"of writer `{writer}`, {numbered} leaves are said to be numbered, and others are")
+        if unsaid:
+            raise _Found(f"of writer `{min(unsaid)}`, nothing says how many leaves it appended")
 
     def _head(self) -> None:
         stored = self.connection.execute(select(head).where(head.c.log == self.log)).one_or_none()
@@ -427,7 +439,7 @@ class LogVerifier:
             same = Frontier.from_bytes(bytes(stored.frontier)) == self.frontier and stored.size == self.frontier.size
         except MerkleError:
             same = False
-        if not same:
+        if not same or stored.tenant != self._tenant:
             raise _Found("the stored head is not that of the leaves; rebuild it from them")
 
     def _requests(self) -> None:
@@ -447,6 +459,71 @@ class LogVerifier:
                 reason = "is received, denied or closed more than once, or closed without being received"
                 raise _Found(f"request `{row.request_id}` {reason}", self._last_index(row.request_id))
             self.counts.open_requests += row.received - row.closed
+
+    # --- the officers' index ---
+
+    @property
+    def _tenant(self) -> str:
+        """Whose log it is: its name ends in it, and no tenant's name holds a slash."""
+        return self.log.rpartition("/")[2]
+
+    def _index(self) -> None:
+        """Check that every request has its row, that there are no others, and that each says what the leaves say."""
+        stored = select(request_index).where(request_index.c.log == self.log).order_by(request_index.c.request_id)
+        for rows in _partitions(self.connection, stored):
+            leaves = self._leaves_of([row.request_id for row in rows])
+            keys = self._keys_of(leaf.record for found in leaves.values() for leaf in found)
+            for row in rows:
+                self._index_row(row, leaves.get(row.request_id, ()), keys)
+        opened = (
+            select(leaf.c.request_id)
+            .outerjoin(request_index, request_index.c.request_id == leaf.c.request_id)
+            .where(leaf.c.log == self.log, leaf.c.type.in_([kind.value for kind in OPENING]))
+            .where(request_index.c.request_id.is_(None))
+        )
+        hidden = self.connection.execute(opened.limit(1)).scalar_one_or_none()
+        if hidden is not None:
+            raise _Found(f"request `{hidden}` is missing in the officers' index", self._last_index(hidden))
+
+    def _leaves_of(self, request_ids: Sequence[str]) -> dict[str, list[Leaf]]:
+        """Return the first and the closing leaf of each request, in that order."""
+        kinds = [kind.value for kind in OPENING | CLOSING]
+        query = select(leaf.c.request_id, leaf.c.bytes).where(leaf.c.log == self.log, leaf.c.type.in_(kinds))
+        found: dict[str, list[Leaf]] = {}
+        for row in self.connection.execute(query.where(leaf.c.request_id.in_(request_ids))):
+            found.setdefault(row.request_id, []).append(Leaf.parse(bytes(row.bytes)))
+        return {request: sorted(leaves, key=lambda one: one.type in CLOSING) for request, leaves in found.items()}
+
+    def _keys_of(self, records: Iterable[str]) -> dict[str, set[str]]:
+        """Return the ids of the keys that each record's content is stored with."""
+        query = select(content.c.record_id, content.c.key_id).where(content.c.record_id.in_(list(records))).distinct()
+        found: dict[str, set[str]] = {}
+        for record, key in self.connection.execute(query):
+            found.setdefault(record, set()).add(key)
+        return found
+
+    def _index_row(self, row: Row[Any], leaves: Sequence[Leaf], keys: dict[str, set[str]]) -> None:
+        if not leaves:
+            raise _Found(f"the officers' index has a request `{row.request_id}` that the log has not")
+        # Of the key nothing stands in a leaf; all content of a request has the same.
+        other_key = any(keys.get(leaf.record, {row.key_id}) != {row.key_id} for leaf in leaves)
+        wrong = "key_id" if other_key else self._says_otherwise(row, leaves)
+        if wrong is not None:
+            reason = f"the officers' index has another `{wrong}` of request `{row.request_id}` than its leaves"
+            raise _Found(reason, self._last_index(row.request_id))
+
+    def _says_otherwise(self, row: Row[Any], leaves: Sequence[Leaf]) -> str | None:
+        """Return the first column that the leaves contradict."""
+        opening, *closing = leaves
+        try:
+            expected = opening_row(opening, self._tenant, row.key_id, _microseconds(opening.time) or 0)
+            for last in closing:
+                values = closing_values(last, _microseconds(last.time) or 0)
+                expected["guardrails"] += values["more_guardrails"]
+                expected |= {name: values[name] for name in ("status", "code", "completed_at", "completion_tokens")}
+        except (KeyError, AttributeError, TypeError) as error:
+            raise _Found(f"a leaf of request `{row.request_id}` is not of its type's form") from error
+        return next((name for name, value in expected.items() if getattr(row, name) != value), None)
 
     def _last_index(self, request_id: str) -> int | None:
         kinds = [kind.value for kind in (*CLOSING, RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED)]
@@ -472,7 +549,7 @@ def _held(notes: Sequence[str], trust: Trust) -> dict[str, dict[int, bytes]]:
 
 
 def _logs(connection: Connection) -> Iterator[str]:
-    tables = (leaf, leaf_number, tile, checkpoint, content, head, chain)
+    tables = (leaf, leaf_number, tile, checkpoint, content, head, chain, request_index)
     return itertools.chain.from_iterable(connection.execute(select(t.c.log).distinct()).scalars() for t in tables)
 
 

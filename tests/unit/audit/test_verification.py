@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import String, func, select
 
 from audit.canonical import leaf_hash
 from audit.checkpoint import Checkpoint, read_checkpoint, sign_checkpoint
@@ -19,7 +19,7 @@ from audit.keys import Keyring
 from audit.leaf import Leaf
 from audit.merkle import Frontier
 from audit.ratchet import Ratchet
-from audit.tables import leaf
+from audit.tables import leaf, request_index
 from audit.trust import read_trust, write_trust
 from audit.verification import Report, Wrong, snapshot, verify
 from audit.verify import main
@@ -234,6 +234,14 @@ def _truncate(tamper: Tamper, size: int, *, checkpoints: bool) -> None:
         "UPDATE chain SET appended = (SELECT COUNT(*) FROM leaf WHERE leaf.log = chain.log AND "
         "leaf.writer = chain.writer)"
     )
+    tamper.run("UPDATE chain SET numbered = appended")
+    tamper.run(
+        "DELETE FROM request_index WHERE request_id NOT IN (SELECT request_id FROM leaf WHERE request_id NOT NULL)"
+    )
+    tamper.run(
+        "UPDATE request_index SET status = 'received', code = NULL, completed_at = NULL, completion_tokens = NULL "
+        "WHERE status <> 'denied' AND (SELECT COUNT(*) FROM leaf WHERE leaf.request_id = request_index.request_id) < 2"
+    )
     if checkpoints:
         tamper.run("DELETE FROM checkpoint WHERE log = :l AND tree_size > :s", l=LOG, s=size)
     _rebuild(tamper)
@@ -263,7 +271,7 @@ def test_a_history_rewritten_and_signed_anew_is_caught_by_a_kept_checkpoint(dire
     assert kept is not None
     signer = Keyring.load(directory / "keys").signer(LOG)
     with Tamper(directory / "audit.db") as tamper:
-        _forge(tamper, 20, body={"forged": True})
+        _forge(tamper, 20, nonce="0" * 32)
         _rechain(tamper, 20)
         root = _rebuild(tamper)
         forged = Checkpoint(LOG, read_checkpoint(kept).size, root)
@@ -401,9 +409,67 @@ def test_a_stored_head_that_is_not_that_of_the_leaves_is_seen(directory: Path) -
     assert "head" in _wrong(directory).reason
 
 
+def test_a_head_of_another_tenant_is_seen(directory: Path) -> None:
+    with Tamper(directory / "audit.db") as tamper:
+        tamper.run("UPDATE head SET tenant = 'somebody-else' WHERE log = :l", l=LOG)
+    assert "head" in _wrong(directory).reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("DELETE FROM chain WHERE log = :l AND appended > 200", "nothing says how many"),
+        ("UPDATE chain SET numbered = numbered + 1 WHERE log = :l", "said to be numbered"),
+    ],
+)
+def test_a_chain_that_says_otherwise_or_nothing_is_seen(directory: Path, change: str, reason: str) -> None:
+    with Tamper(directory / "audit.db") as tamper:
+        tamper.run(change, l=LOG)
+    assert reason in _wrong(directory).reason
+
+
+_ROW = "WHERE rowid = (SELECT rowid FROM request_index WHERE log = :l AND status = :s ORDER BY request_id LIMIT 1)"
+
+
+@pytest.mark.parametrize("status", ["completed", "denied", "failed"])
+def test_a_request_hidden_from_the_officers_is_named_by_its_leaf(directory: Path, status: str) -> None:
+    """Nothing of the evidence is touched: who searches would only never find it."""
+    with Tamper(directory / "audit.db") as tamper:
+        row = tamper.one(f"SELECT request_id FROM request_index {_ROW}", l=LOG, s=status)
+        tamper.run(f"DELETE FROM request_index {_ROW}", l=LOG, s=status)
+    wrong = _wrong(directory)
+    assert (wrong.log, wrong.index is None) == (LOG, False)
+    assert wrong.reason == f"request `{row[0]}` is missing in the officers' index"
+
+
+@pytest.mark.parametrize("column", [column.name for column in request_index.columns])
+@pytest.mark.parametrize("status", ["completed", "denied"])
+def test_an_index_that_says_something_else_than_the_leaves_is_named(directory: Path, column: str, status: str) -> None:
+    other = "'x'" if isinstance(request_index.c[column].type, String) else "7"
+    with Tamper(directory / "audit.db") as tamper:
+        tamper.run(f"UPDATE request_index SET {column} = {other} {_ROW}", l=LOG, s=status)
+    wrong = next(report.wrong for report in _verify(directory).logs if report.wrong is not None)
+    assert "index" in wrong.reason or wrong.log == "x"
+
+
+def test_content_said_to_have_another_key_is_seen(directory: Path) -> None:
+    """It would look as if its key had been destroyed by right."""
+    with Tamper(directory / "audit.db") as tamper:
+        tamper.run(
+            "UPDATE content SET key_id = 'gone' WHERE rowid = (SELECT MIN(rowid) FROM content WHERE log = :l)", l=LOG
+        )
+    assert "key_id" in _wrong(directory).reason
+
+
 def _unnumber_last(tamper: Tamper, count: int) -> int:
     """Take the last leaves out of the tree, as if no sequencer had come by yet; return what is left."""
     size = int(str(tamper.one("SELECT size FROM head WHERE log = :l", l=LOG)[0])) - count
+    tamper.run(
+        "UPDATE chain SET numbered = numbered - (SELECT COUNT(*) FROM leaf_number AS gone WHERE gone.log = chain.log"
+        " AND gone.writer = chain.writer AND gone.leaf_index >= :s) WHERE log = :l",
+        l=LOG,
+        s=size,
+    )
     tamper.run("DELETE FROM leaf_number WHERE log = :l AND leaf_index >= :s", l=LOG, s=size)
     tamper.run("DELETE FROM checkpoint WHERE log = :l AND tree_size > :s", l=LOG, s=size)
     _rebuild(tamper)
