@@ -10,6 +10,7 @@ Knows connections and settings, not what is stored.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ _POSTGRESQL = {
 }
 _WRITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "recursive_triggers=ON", "foreign_keys=ON",
                   "busy_timeout=5000", "trusted_schema=OFF")  # fmt: skip
+
+SQLITE_TRIGGERS = "057c995780bb4f0026442d8ab45e09ff228acb02c5c572f2737bdace18aaa92a"  # as the migrations make them
 
 # What no connection of ours may do to SQLite, whatever text reaches it. Migrations bring no authorizer.
 _FORBIDDEN = frozenset(
@@ -197,6 +200,10 @@ def check_defences(connection: Connection) -> None:
         raise DatabaseUnprotected(
             f"the trigger `{missing[0]}` is missing or disabled; run `probity db upgrade`, then verify the log"
         )
+    if connection.dialect.name == "sqlite" and _sqlite_trigger_digest(connection) != SQLITE_TRIGGERS:
+        raise DatabaseUnprotected(
+            "a trigger of the log was replaced by another of its name; verify the log, restore it"
+        )
 
 
 def expected_triggers(dialect: str) -> frozenset[str]:
@@ -210,6 +217,14 @@ def expected_triggers(dialect: str) -> frozenset[str]:
 def _sqlite_triggers(connection: Connection) -> set[str]:
     rows = connection.execute(text("SELECT tbl_name || '.' || name FROM sqlite_master WHERE type = 'trigger'"))
     return set(rows.scalars())
+
+
+def _sqlite_trigger_digest(connection: Connection) -> str:
+    """Return what tells the triggers from others of the same names, which may do nothing."""
+    rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name")).all()
+    own = {name.partition(".")[2] for name in expected_triggers("sqlite")}
+    joined = "\n".join(sql for name, sql in rows if name in own)
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def _pg_triggers(connection: Connection) -> set[str]:

@@ -40,6 +40,7 @@ from audit.note import Signer, Verifier
 # ├── KeyFileExists        keys are to be created where there are some
 # ├── KeyFileExposed       others than the owner may read or write the file
 # ├── KeyFileMalformed     the file is not a key of this kind, or of another length
+# ├── KeysOfAnother        a key is whole, and not the one that this log was written with
 # └── WrappedKeyRefused    a wrapped data key was not wrapped for this tenant by this master key
 
 
@@ -61,6 +62,13 @@ class KeyFileExposed(KeyRefused):
 
 class KeyFileMalformed(KeyRefused):
     """The file does not hold a key of the kind that was asked for."""
+
+
+class KeysOfAnother(KeyRefused):
+    """A key is not the one that this log was written with."""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(f"`{kind}.key` {what}; put back the keys that this log was written with")
 
 
 class WrappedKeyRefused(KeyRefused):

@@ -29,6 +29,7 @@ from sqlalchemy import (
     create_engine,
     delete,
     event,
+    inspect,
     make_url,
     select,
     text,
@@ -39,6 +40,7 @@ from audit.tables import insert_rows
 
 # KeyStoreError            catch this
 # ├── KeyStoreUnsafe       the database would acknowledge what a power cut can still lose: refuse to start
+# ├── KeyStoreMissing      there is no key store where one must be: a new one would hold none of the keys
 # ├── KeyStoreUnavailable  the database did not answer; nothing may be encrypted with the keys of this call
 # ├── KeyConflict          another key is already stored under this id: the caller is wrong
 # └── KeyNotHeld           there is no such key: it was destroyed, or this is not its store
@@ -50,6 +52,10 @@ class KeyStoreError(Exception):
 
 class KeyStoreUnsafe(KeyStoreError):
     """A setting of the database breaks the promise of durability."""
+
+
+class KeyStoreMissing(KeyStoreError):
+    """There is no key store here."""
 
 
 class KeyStoreUnavailable(KeyStoreError):
@@ -72,6 +78,7 @@ data_key = Table(
     Column("tenant", String(128), nullable=False),
     Column("wrapped", LargeBinary, nullable=False),
 )
+_MISSING = "the key store of this log is missing; restore it: without it no content can be read"
 MAX_IDS_PER_STATEMENT = 500  # below SQLite's and PostgreSQL's limits on bound values
 
 
@@ -90,20 +97,26 @@ class KeyStore:
         self._engine = engine
 
     @classmethod
-    def open(cls, url: str) -> KeyStore:
+    def open(cls, url: str, *, create: bool = True) -> KeyStore:
         """Connect, create the table where it is missing, and read the settings back.
 
         Raises:
+            KeyStoreMissing: it is not there, and is not to be created.
             KeyStoreUnsafe: a commit here would not be durable.
             KeyStoreUnavailable: no connection.
         """
         embedded = make_url(url).get_backend_name() == "sqlite"  # a file needs no question whether it is still there
+        if embedded and not create and not os.path.exists(make_url(url).database or ""):
+            raise KeyStoreMissing(_MISSING)
         engine = create_engine(url, pool_pre_ping=not embedded, hide_parameters=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_pragmas)
             _create_private(engine.url.database)
         try:
-            metadata.create_all(engine)
+            if create:
+                metadata.create_all(engine)
+            elif not inspect(engine).has_table(data_key.name):
+                raise KeyStoreMissing(_MISSING)
             with engine.connect() as connection:
                 _check_settings(connection)
         except SQLAlchemyError as error:
@@ -111,7 +124,7 @@ class KeyStore:
             raise KeyStoreUnavailable(
                 "the key store cannot be opened; check its database URL and its rights"
             ) from error
-        except KeyStoreUnsafe:
+        except KeyStoreError:
             engine.dispose()
             raise
         return cls(engine)

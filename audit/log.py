@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from audit.database import Database, reading
+from audit.key_check import check_keys
 from audit.keys import Keyring
 from audit.keystore import KeyStore
 from audit.merkle import tree_root
 from audit.ratchet import Ratchet
 from audit.records import SYSTEM, Receipt, Record, RecordType, Segment
 from audit.sequencer import node_reader
-from audit.tables import head
+from audit.tables import checkpoint, head
 from audit.trust import write_trust
 from audit.writer import LogUnavailable, Within, Writer
 
@@ -93,17 +94,20 @@ class AuditLog:
         """
         database = Database.open(settings.database_url)
         try:
-            if create and not settings.keys.exists() and _holds_no_log(database):
+            first = _holds_no_log(database)
+            if create and first and not settings.keys.exists():
                 _begin(settings)
             keyring = Keyring.load(settings.keys)
             ratchet = Ratchet.load(settings.ratchet)
             _check_ratchet(database, ratchet)
-            keystore = KeyStore.open(settings.keystore_url)
+            keystore = KeyStore.open(settings.keystore_url, create=first)
         except BaseException:
             database.close()
             raise
         log = cls(settings, database, keyring, keystore, ratchet, on_death)
         try:
+            with reading(database.reader) as connection:
+                check_keys(connection, keyring, keystore, ratchet)
             log._start()
         except BaseException:
             log._release()
@@ -217,3 +221,7 @@ def _check_ratchet(database: Database, ratchet: Ratchet) -> None:
         for origin in ratchet.origins:
             size = connection.execute(select(head.c.size).where(head.c.log == origin)).scalar_one_or_none() or 0
             ratchet.check(origin, size, partial(tree_root, read=node_reader(connection, origin)))
+        if database.embedded:  # elsewhere, another gateway may have signed since, and holds it in a ratchet of its own
+            signed = select(checkpoint.c.log, func.max(checkpoint.c.tree_size)).group_by(checkpoint.c.log)
+            for origin, size in connection.execute(signed):
+                ratchet.check_not_behind(origin, size)

@@ -23,6 +23,7 @@ from audit.durable import replace_file
 # RatchetError             catch this; the log must not be written to
 # ├── RatchetMissing       there is no file: it was never created, or it was removed
 # ├── RatchetUnreadable    the file is not what we wrote
+# ├── RatchetBehind        the file is older than what the database says was signed: it was restored or emptied
 # ├── RatchetAhead         the database is behind what was signed: restored from a backup, or cut off
 # └── RatchetDiverged      the database holds another history than what was signed
 
@@ -37,6 +38,10 @@ class RatchetMissing(RatchetError):
 
 class RatchetUnreadable(RatchetError):
     """The ratchet file is not what was written."""
+
+
+class RatchetBehind(RatchetError):
+    """The ratchet file is older than the newest published checkpoint."""
 
 
 class RatchetAhead(RatchetError):
@@ -124,6 +129,12 @@ class Ratchet:
             )
         if root_at(held.size) != held.root:
             raise RatchetDiverged(f"`{origin}` has another root at {held.size} leaves than was signed; run verify")
+
+    def check_not_behind(self, origin: str, published: int) -> None:
+        """Raise RatchetBehind unless the checkpoint of `published` leaves was ratcheted before it was published."""
+        held = self._held.get(origin)
+        if held is None or held.size < published:
+            raise RatchetBehind(f"the ratchet knows less of `{origin}` than was published; put the last one back")
 
     def advance(self, notes: Iterable[str]) -> None:
         """Hold these signed checkpoints from now on, durably; several logs cost one write.

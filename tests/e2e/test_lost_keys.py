@@ -1,4 +1,6 @@
-"""A database whose keys and ratchet are gone is not started on: new ones would hide what was cut off."""
+"""A database whose keys and ratchet are gone, or are another's, is not started on: new ones would hide what was cut off,
+and what they write nobody could read or believe.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from audit.keys import KeyFileMissing
-from audit.ratchet import Ratchet, RatchetMissing
+from audit.keys import KeyFileMissing, KeysOfAnother, WrappedKeyRefused
+from audit.keystore import KeyStoreMissing
+from audit.ratchet import Ratchet, RatchetBehind, RatchetMissing
+from audit.verify import main as verify
 from tests.support.gateway import running_gateway
+from tests.support.officers import Hand
 from tests.support.scripted_engine import ScriptedEngine
 
 
@@ -23,6 +28,46 @@ def test_a_log_that_lost_its_keys_and_its_ratchet_is_refused_and_neither_is_made
         pass
     assert not (tmp_path / "keys").exists()
     assert not (tmp_path / "ratchet").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "refusal"), [("master", WrappedKeyRefused), ("pseudonym", KeysOfAnother), ("signing", KeysOfAnother)]
+)
+def test_a_key_that_is_whole_and_another_s_is_refused_before_anything_is_written(
+    tmp_path: Path, kind: str, refusal: type[Exception]
+) -> None:
+    with running_gateway(tmp_path, ScriptedEngine()) as gateway:
+        asking = Hand(gateway, "app")
+        asking.ask("hello")
+    trusted = (tmp_path / "trust").read_bytes()
+    (tmp_path / "keys" / f"{kind}.key").write_text(f"probity/{kind}-key/v1 {'5e' * 32}\n")
+    with pytest.raises(refusal, match="key"), running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    assert (tmp_path / "trust").read_bytes() == trusted
+    assert verify([f"sqlite:///{tmp_path}/probity.sqlite3", "--trust", str(tmp_path / "trust")]) == 0
+
+
+def test_a_key_store_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    with running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    for file in tmp_path.glob("keystore*"):
+        file.unlink()
+    with pytest.raises(KeyStoreMissing, match="restore it"), running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    assert not list(tmp_path.glob("keystore*"))
+
+
+def test_a_ratchet_that_was_emptied_or_is_an_old_one_is_refused(tmp_path: Path) -> None:
+    """With it, a database restored from a backup would be taken for whole the next time."""
+    with running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    old = (tmp_path / "ratchet").read_bytes()
+    with running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    for content in (old, b"probity/ratchet/v1 0\n"):
+        (tmp_path / "ratchet").write_bytes(content)
+        with pytest.raises(RatchetBehind, match="put the last one back"), running_gateway(tmp_path, ScriptedEngine()):
+            pass
 
 
 def test_a_first_start_that_was_cut_off_is_begun_again(tmp_path: Path) -> None:
@@ -42,7 +87,7 @@ def test_a_database_and_its_keys_both_lost_are_not_begun_again_under_a_ratchet_t
     with running_gateway(tmp_path, ScriptedEngine()):
         pass
     shutil.rmtree(tmp_path / "keys")
-    for file in tmp_path.glob("*.db*"):
+    for file in tmp_path.glob("probity.sqlite3*"):
         file.unlink()
     with pytest.raises(KeyFileMissing, match="restore the keys"), running_gateway(tmp_path, ScriptedEngine()):
         pass
@@ -52,7 +97,7 @@ def test_keys_without_their_ratchet_are_refused_even_on_an_empty_database(tmp_pa
     with running_gateway(tmp_path, ScriptedEngine()):
         pass
     (tmp_path / "ratchet").unlink()
-    for file in tmp_path.glob("*.db*"):
+    for file in tmp_path.glob("probity.sqlite3*"):
         file.unlink()
     with pytest.raises(RatchetMissing), running_gateway(tmp_path, ScriptedEngine()):
         pass

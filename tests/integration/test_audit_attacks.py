@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -372,6 +373,18 @@ def test_a_log_without_its_triggers_is_not_opened(place: LogPlace) -> None:
     fill(place, 2)
     disarmed(place, [])
     with pytest.raises(DatabaseUnprotected, match="missing or disabled"):
+        place.open()
+
+
+@pytest.mark.parametrize("trigger", ["leaf_no_update", "checkpoint_no_delete", "leaf_number_is_dense"])
+def test_a_log_whose_trigger_was_replaced_by_one_that_does_nothing_is_not_opened(tmp_path: Path, trigger: str) -> None:
+    place = embedded_place(tmp_path)
+    fill(place, 2)
+    with closing(sqlite3.connect(tmp_path / "audit.db", isolation_level=None)) as thief:
+        (sql,) = thief.execute("SELECT sql FROM sqlite_master WHERE name = ?", (trigger,)).fetchone()
+        thief.execute(f"DROP TRIGGER {trigger}")
+        thief.execute(sql[: sql.index("BEGIN SELECT")] + "BEGIN SELECT 1; END")
+    with pytest.raises(DatabaseUnprotected, match="replaced by another"):
         place.open()
 
 
