@@ -46,6 +46,7 @@ class LogSettings:
 class LogHealth:
     alive: bool
     why: str | None  # what ended it
+    confirming: bool  # the database answered the last time
     queued: int
     disk_low: bool
     last_commit_age_s: float | None
@@ -173,6 +174,7 @@ class AuditLog:
         return LogHealth(
             alive=self._writer.dead is None,
             why=self._writer.dead,
+            confirming=self._writer.confirming,
             queued=self._writer.queued(),
             disk_low=self._writer.disk_low,
             last_commit_age_s=None if committed is None else max(0.0, time.time() - committed),

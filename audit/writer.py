@@ -288,6 +288,11 @@ class Writer:
     def queued(self) -> int:
         return len(self._queue)
 
+    @property
+    def confirming(self) -> bool:
+        """Whether the database confirmed what it was last asked to keep; where it did not, it is asked again soon."""
+        return not self._uncertain
+
     def close(self) -> None:
         """Write what is queued, publish, and end the thread."""
         with self._condition:

@@ -7,14 +7,14 @@ a second; until then `leaf_index` and `inclusion` are null.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
+from sqlalchemy.exc import SQLAlchemyError
 
 from audit.keys import Keyring
-from audit.reader import AuditReader, NotFound, NotSignedYet, NumberedReceipt
-from gateway import errors
+from audit.reader import AuditReader, EvidenceDamaged, NotFound, NotSignedYet, NumberedReceipt
+from gateway import errors, problems
 from gateway.auth.permissions import Permission, requires
 from gateway.state import state_of
 from policies.request import Principal
@@ -25,7 +25,13 @@ router = APIRouter(prefix="/v1/receipts")
 @router.get("/{request_id}", dependencies=[requires(Permission.READ_OWN_RECEIPTS)])
 async def get_receipt(request: Request, request_id: str) -> dict[str, Any]:
     state = state_of(request)
-    return await asyncio.to_thread(_receipts, state.reader, state.log.keyring, request.state.principal, request_id)
+    asked = (state.reader, state.log.keyring, request.state.principal, request_id)
+    try:
+        return await state.reads.run(_receipts, *asked)
+    except EvidenceDamaged:
+        raise problems.evidence_damaged() from None
+    except SQLAlchemyError:
+        raise errors.audit_unavailable() from None
 
 
 def _receipts(reader: AuditReader, keyring: Keyring, principal: Principal, request_id: str) -> dict[str, Any]:

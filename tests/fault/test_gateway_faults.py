@@ -69,15 +69,21 @@ def test_without_its_database_the_gateway_answers_503_and_comes_back_with_it(
     overrides: dict[str, Any] = {"database__url": database.url, "audit__append_timeout_s": 0.5}
     with running_gateway(tmp_path, engine, **overrides) as gateway:
         app, stranger = Hand(gateway, "app"), Hand(gateway, "app", tenant="never-seen")
-        assert app.post("/v1/chat/completions", CHAT).status_code == 200
+        answered = app.post("/v1/chat/completions", CHAT)
+        assert answered.status_code == 200
         postgres.kill()
         try:
             assert_unavailable(app, CHAT, {**CHAT, "stream": True}, UNKNOWN)
             assert_unavailable(stranger, CHAT)  # its policy is in no memory yet
             assert stranger.get("/v1/models").status_code == 503
+            receipt = app.get(f"/v1/receipts/{answered.headers['x-request-id']}")
+            assert (receipt.status_code, receipt.json()["error"]["code"]) == (503, "audit_unavailable")
+            ready = app.get("/readyz")
+            assert (ready.status_code, ready.json()["checks"]["database"]) == (503, False)
         finally:
             postgres.start()
         assert_comes_back(app, engine, 1)
+        assert app.get("/readyz").json()["checks"]["database"] is True
     assert_verifies(gateway, database.reader_url)
 
 
