@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gateway.demo import model_directory
-from gateway.settings import settings_table
+from gateway.settings import Settings, settings_table
 from tests.support.server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_the_first_screen_does_what_it_says(tmp_path: Path) -> None:
 def test_serving_does_what_it_says(tmp_path: Path) -> None:
     """Both blocks of "Serve it" in their order, on the demonstration's data, with its model in place of a real one."""
     demonstration, own = (
-        block.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("/models/Qwen3-0.6B", str(model_directory()))
+        block.replace("127.0.0.1:8080", f"127.0.0.1:{port}").replace("/models/Qwen3-0.6B", str(model_directory()))
         for block, port in zip(SERVING, (free_port(), free_port()), strict=True)
     )
     assert _run("python -m gateway.cli demo --once", tmp_path).returncode == 0
@@ -58,6 +58,11 @@ def test_the_makefile_runs_the_demo_that_the_test_runs() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "$(BIN)/probity demo $(if $(ONCE),--once)" in makefile
     assert 'probity = "gateway.cli:main"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_the_port_that_is_shown_is_the_one_that_is_served() -> None:
+    shown = set(re.findall(r"127\.0\.0\.1:(\d+)", README))
+    assert shown == {str(Settings().server.port)}
 
 
 def test_every_setting_stands_in_the_table() -> None:
