@@ -10,14 +10,18 @@ Knows the journal's rows and the writers' leases; the closing records themselves
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, select, update
 
 from audit.content import open_transient
-from audit.records import Record, RecordType
+from audit.records import Json, Record, RecordType
 from audit.tables import ROWS_A_STATEMENT, execute, journal, placeholders, request_index, writer
+
+TOKENS_BEHIND = b"\xff"  # between a segment's text and what goes along of its tokens, JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +65,40 @@ def clear_journal(connection: Connection, request_ids: Sequence[str]) -> None:
         execute(connection, f"DELETE FROM journal WHERE request_id IN {row}", tuple(some))  # noqa: S608
 
 
-def journaled_text(connection: Connection, orphan: Orphan, data_key: bytes) -> list[str]:
-    """Return the durable text of each choice, in the order it was journaled."""
+@dataclass(frozen=True, slots=True)
+class Durable:
+    """What was journaled of an answer, by choice."""
+
+    texts: list[str]
+    logprobs: list[list[Any]]  # what went along of tokens; as many members as there are texts
+
+
+def journaled(connection: Connection, orphan: Orphan, data_key: bytes) -> Durable:
+    """Return what is durable of each choice, in the order it was journaled."""
     rows = connection.execute(
         select(journal.c.sequence, journal.c.choice, journal.c.sealed)
         .where(journal.c.request_id == orphan.request_id)
         .order_by(journal.c.sequence)
     )
-    choices: dict[int, list[bytes]] = {}
+    texts: defaultdict[int, bytes] = defaultdict(bytes)
+    told: defaultdict[int, list[Any]] = defaultdict(list)
     for sequence, choice, sealed in rows:
-        text = open_transient(data_key, orphan.tenant, orphan.request_id, part_name(sequence), bytes(sealed))
-        choices.setdefault(choice, []).append(text)
-    return [b"".join(choices.get(index, [])).decode() for index in range(max(choices, default=-1) + 1)]
+        data = open_transient(data_key, orphan.tenant, orphan.request_id, part_name(sequence), bytes(sealed))
+        text, _, tokens = data.partition(TOKENS_BEHIND)
+        texts[choice] += text
+        told[choice] += json.loads(tokens) if tokens else []
+    choices = range(max(texts, default=-1) + 1)
+    return Durable([texts[index].decode() for index in choices], [told[index] for index in choices])
 
 
-def interrupted(orphan: Orphan, texts: list[str]) -> Record:
+def interrupted(orphan: Orphan, durable: Durable) -> Record:
     """Return the closing record of an orphan."""
-    output = json.dumps(texts, ensure_ascii=False, separators=(",", ":")).encode()
-    return Record(
-        RecordType.REQUEST_INTERRUPTED,
-        orphan.tenant,
-        {"reason": "writer_ended", "choices": len(texts)},
-        orphan.request_id,
-        {"output": output},
-    )
+    parts = {"output": _json(durable.texts)}
+    if any(durable.logprobs):
+        parts["logprobs"] = _json({"choices": durable.logprobs})
+    body: dict[str, Json] = {"reason": "writer_ended", "choices": len(durable.texts)}
+    return Record(RecordType.REQUEST_INTERRUPTED, orphan.tenant, body, orphan.request_id, parts)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

@@ -67,6 +67,7 @@ class RevealedContent:
     output: bytes | None = field(repr=False)  # JSON list, one text a choice; None while the request is open
     output_tokens: bytes | None = field(repr=False)  # JSON list of lists of token ids as generated
     identities: Mapping[str, str] = field(repr=False)  # e.g. subject, source
+    logprobs: bytes | None = field(default=None, repr=False)  # JSON: what was told of tokens beside the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,7 @@ class AuditReader:
             output=opened.get("output"),
             output_tokens=opened.get("output_tokens"),
             identities=json.loads(opened.get("identities", b"{}")),
+            logprobs=opened.get("logprobs"),
         )
 
     def _open(self, tenant: str, part: _StoredPart, keys: dict[str, bytes]) -> bytes:

@@ -114,7 +114,9 @@ class Segment:
     request_id: str
     choice: int  # 0 … n − 1
     sequence: int  # 0, 1, 2, … per request, over all choices
-    data: bytes  # UTF-8 text exactly as it will be sent
+    data: (
+        bytes  # UTF-8 text exactly as it will be sent; then 0xFF and JSON, if tokens are told of
+    )
 
 
 # --- the bodies of a request's records: what the officers' index and the story are built from ---
@@ -288,6 +290,7 @@ def request_completed(
     timings: TimingEntry,
     output: bytes,  # canonical JSON list, one member a choice: exactly the text that was released; a vector in base64
     output_tokens: bytes,  # JSON list of lists of token ids as generated, for replay
+    logprobs: bytes | None = None,  # JSON: what is told of tokens beside the text; None where nothing is
 ) -> Record:
     return Record(
         type=RecordType.REQUEST_COMPLETED,
@@ -301,7 +304,7 @@ def request_completed(
             "limits": _entry(list(limits)),
             "timings": _entry(timings),
         },
-        parts={"output": output, "output_tokens": output_tokens},
+        parts={"output": output, "output_tokens": output_tokens} | _told(logprobs),
     )
 
 
@@ -313,11 +316,16 @@ def request_failed(
     timings: TimingEntry,
     output: bytes,
     guardrails: Sequence[GuardrailEntry] = (),
+    logprobs: bytes | None = None,
 ) -> Record:
     return Record(
         type=RecordType.REQUEST_FAILED,
         tenant=tenant,
         request_id=request_id,
         body={"code": code, "timings": _entry(timings), "guardrails": _entry(list(guardrails))},
-        parts={"output": output},
+        parts={"output": output} | _told(logprobs),
     )
+
+
+def _told(logprobs: bytes | None) -> dict[str, bytes]:
+    return {} if logprobs is None else {"logprobs": logprobs}

@@ -32,7 +32,7 @@ from audit.content import Random, RandomPages, SealedPart, seal, seal_transient
 from audit.database import Database
 from audit.identifier import NOISE_BYTES, uuid7
 from audit.index import close_rows, closing_values, opening_row
-from audit.journal import Orphan, clear_journal, fence, interrupted, journaled_text, orphans, part_name
+from audit.journal import Durable, Orphan, clear_journal, fence, interrupted, journaled, orphans, part_name
 from audit.key_supply import KeySupply
 from audit.keys import Keyring
 from audit.keystore import KeyStore, KeyStoreError
@@ -612,11 +612,11 @@ class Writer:
             fence(connection, self.id, _us(self._now()), sole_writer=self._database.embedded)
         with self._database.writer.begin() as connection:
             left_open = orphans(connection) if self._may_recover(connection) else []
-            texts = [(orphan, journaled_text(connection, orphan, self._data_key(orphan))) for orphan in left_open]
+            found = [(orphan, journaled(connection, orphan, self._data_key(orphan))) for orphan in left_open]
             if not self._database.embedded:
-                self._close_orphans(texts)  # under the lock
+                self._close_orphans(found)  # under the lock
         if self._database.embedded:
-            self._close_orphans(texts)
+            self._close_orphans(found)
 
     def _may_recover(self, connection: Connection) -> bool:
         if self._database.embedded:
@@ -627,8 +627,8 @@ class Writer:
     def _data_key(self, orphan: Orphan) -> bytes:
         return self._keyring.encryption.unwrap(orphan.tenant, self._keystore.get(orphan.key_id).wrapped)
 
-    def _close_orphans(self, texts: Sequence[tuple[Orphan, list[str]]]) -> None:
-        for orphan, durable in texts:
+    def _close_orphans(self, found: Sequence[tuple[Orphan, Durable]]) -> None:
+        for orphan, durable in found:
             self._adopt(orphan)
             self._close_now(interrupted(orphan, durable))
 

@@ -37,7 +37,7 @@ from gateway.entries import guardrail_entries, limit_entries
 from gateway.error_responses import note_failure
 from gateway.errors import ApiError
 from gateway.grant import Grant
-from gateway.release import Release
+from gateway.release import Release, told
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.telemetry import Attributes, Telemetry
 from policies.guardrails import OutputInspector, Verdict
@@ -249,6 +249,7 @@ class Generation:
             timings=self._timings(),
             output=orjson.dumps(self._release.output()),
             output_tokens=orjson.dumps([choice.tokens for choice in self._choices]),
+            logprobs=self._told(),
         )
 
     def _failed(self, failure: ApiError) -> Record:
@@ -260,6 +261,16 @@ class Generation:
             timings=self._timings(),
             output=orjson.dumps(self._release.output()),
             guardrails=guardrail_entries(self._verdicts()),
+            logprobs=self._told(),
+        )
+
+    def _told(self) -> bytes | None:
+        """What may leave beside the text: the log-probabilities that were asked for, with every token they name."""
+        sampling = self._grant.sampling
+        if not sampling.logprobs and sampling.prompt_logprobs is None:
+            return None
+        return orjson.dumps(
+            {"choices": self._release.logprobs(), "prompt": [told(one) for one in self._prompt_logprobs]}
         )
 
     def _choice_entry(self, index: int) -> ChoiceEntry:

@@ -18,6 +18,9 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
+import orjson
+
+from audit.journal import TOKENS_BEHIND
 from audit.records import Segment
 from engine.request import TokenLogprob
 from gateway.answer import Outbox, Piece
@@ -35,6 +38,20 @@ def pace(streams: int) -> float:
     A piece costs about 0.1 ms of a core; at 20 ms each, 32 streams would spend a sixth of one on pieces of a token.
     """
     return min(max(PACE_S, streams / PIECES_PER_S), MAX_PACE_S)
+
+
+Told = tuple[int, float, tuple[tuple[int, float], ...]]  # a token, its log-probability, and those of the likeliest
+
+
+def told(one: TokenLogprob) -> Told:
+    """Return what a log-probability tells, as it goes on record."""
+    return one.token, one.logprob, one.top
+
+
+def _data(piece: Piece) -> bytes:
+    """Return all of a piece, as it is journaled."""
+    text = piece.text.encode()
+    return text + TOKENS_BEHIND + orjson.dumps([told(one) for one in piece.logprobs]) if piece.logprobs else text
 
 
 class Inspector(Protocol):
@@ -58,6 +75,7 @@ class _Choice:
         self.waiting: list[str] = []  # inspected, not yet journaled
         self.taken = 0  # characters that were waiting once
         self.trail = Trail(token_text)
+        self.logprobs: list[TokenLogprob] = []  # all of them, to go on record
         self.output: list[str] = []  # everything inspected and fit to release, waiting or sent: what goes on record
         self.finish_reason: str | None = None
 
@@ -130,7 +148,9 @@ class Release:
     def add(self, choice: int, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> None:
         """Take newly generated text of `choice`."""
         state = self._choices[choice]
-        state.trail.add(logprobs)
+        if logprobs:
+            state.trail.add(logprobs)
+            state.logprobs += logprobs
         state.add(text)
         if state.uninspected >= INSPECT_CHARS:
             self._inspect(choice)
@@ -155,6 +175,10 @@ class Release:
         """The text of each choice that was or may be released."""
         return ["".join(state.output) for state in self._choices]
 
+    def logprobs(self) -> list[list[Told]]:
+        """What may be told of each choice's tokens."""
+        return [[told(one) for one in state.logprobs] for state in self._choices]
+
     async def pump(self) -> None:
         """Journal and send what is ready, paced, until cancelled. Raises what the journal raises."""
         while True:
@@ -174,8 +198,9 @@ class Release:
             if not state.waiting:
                 continue
             text = state.take()
-            self._unsent.append(Piece(index, text, state.trail.take(state.taken)))
-            segment = Segment(self._tenant, self._request_id, index, self._sequence, text.encode())
+            piece = Piece(index, text, state.trail.take(state.taken))
+            self._unsent.append(piece)
+            segment = Segment(self._tenant, self._request_id, index, self._sequence, _data(piece))
             confirmations.append(self._journal(segment))
             self._sequence += 1
         if len(confirmations) == 1:

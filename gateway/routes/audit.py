@@ -87,6 +87,7 @@ async def reveal(request: Request, request_id: str) -> dict[str, Any]:
         "prompt": _text(content.prompt),
         "prompt_to_model": _text(content.prompt_to_model),
         "output": None if content.output is None else orjson.loads(content.output),
+        "logprobs": None if content.logprobs is None else orjson.loads(content.logprobs),
     }
 
 

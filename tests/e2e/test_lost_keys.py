@@ -1,5 +1,5 @@
-"""A database whose keys and ratchet are gone, or another's, is not started on: new ones would hide what was cut off, and
-what is written with them nobody could read or believe.
+"""A database whose keys and ratchet are gone, or another's, is not started on: new ones would hide what was cut off, or
+write what nobody could read or believe.
 """
 
 from __future__ import annotations

@@ -288,6 +288,18 @@ def test_revealed_content_is_what_was_said_and_the_reason_is_on_record(
     assert identities(gateway, record)["subject"] == auditor.subject
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_told_of_tokens_is_revealed_with_what_was_said(
+    gateway: RunningGateway, app: Hand, auditor: Hand, stream: bool
+) -> None:
+    request_id = app.ask("hello", logprobs=True, top_logprobs=1, max_tokens=3, stream=stream)
+    content = auditor.post(f"/audit/requests/{request_id}:reveal", {"reason": "why those words"}).json()
+    told = [[byte, -0.5, [[byte, -0.5]]] for byte in content["output"][0].encode()]
+    assert content["logprobs"] == {"choices": [told], "prompt": []}
+    plain = app.ask("hello")
+    assert auditor.post(f"/audit/requests/{plain}:reveal", {"reason": "beside"}).json()["logprobs"] is None
+
+
 def test_a_denied_prompt_can_be_revealed(app: Hand, auditor: Hand) -> None:
     request_id = app.ask(SECRET, model="no-such-model")
     content = auditor.post(f"/audit/requests/{request_id}:reveal", {"reason": "why was it denied"}).json()

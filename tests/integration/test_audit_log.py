@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from sqlalchemy.exc import DBAPIError
 
 from audit.content import SealedPart, open_part
 from audit.database import DatabaseOutdated, DatabaseRefused
+from audit.journal import TOKENS_BEHIND
 from audit.keys import KeyFileMissing
 from audit.leaf import Leaf
 from audit.log import AuditLog
 from audit.ratchet import RatchetMissing
-from audit.records import SYSTEM, Json, Record, RecordType
+from audit.reader import AuditReader
+from audit.records import SYSTEM, Json, Record, RecordType, Segment
 from audit.writer import (
     MAX_QUEUED,
     AlreadyClosed,
@@ -245,6 +248,24 @@ async def test_what_a_writer_left_open_is_closed_with_exactly_what_was_durable(p
     report = place.verify()
     assert report.first_wrong is None
     assert sum(entry.open_requests for entry in report.logs) == 0
+
+
+async def test_what_was_told_of_tokens_is_closed_with_the_text_it_left_with(place: LogPlace) -> None:
+    log = place.open()
+    await log.append(received(R[0]))
+    for sequence, (said, told) in enumerate(
+        [("é", b"[[1,-0.5,[[1,-0.5],[7,-2.25]]]]"), ("b", b""), ("c", b"[[3,-1.5,[]]]")]
+    ):
+        data = said.encode() + (TOKENS_BEHIND + told if told else b"")
+        await log.journal(Segment(TENANT, R[0], 0, sequence, data))
+    log._release()
+    log = place.open()
+    try:
+        content = AuditReader(log.database.reader, log.keyring, log.keystore).reveal(R[0])
+    finally:
+        log.close()
+    assert json.loads(content.output or b"") == ["ébc"]
+    assert json.loads(content.logprobs or b"") == {"choices": [[[1, -0.5, [[1, -0.5], [7, -2.25]]], [3, -1.5, []]]]}
 
 
 # --- what is refused, by name ---

@@ -8,13 +8,14 @@ import json
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import orjson
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from audit.content import SealedPart, open_part, open_transient
-from audit.journal import part_name
+from audit.journal import TOKENS_BEHIND, part_name
 from audit.leaf import Leaf
 from audit.records import CLOSING, RecordType
 from gateway.state import AppState
@@ -36,7 +37,10 @@ class Witness:
         return self._part(received[0], "prompt_to_model").decode() if received else None
 
     def texts(self, request_id: str) -> dict[int, str]:
-        """Return what is on record of each choice: of the closing record, else of the journal."""
+        return self.on_record(request_id)[0]
+
+    def on_record(self, request_id: str) -> tuple[dict[int, str], dict[int, list[Told]]]:
+        """Return the text of each choice and what is told of its tokens: of the closing record, else of the journal."""
         connection = sqlite3.connect(self._path)
         try:
             connection.execute("BEGIN")  # one moment for both
@@ -47,14 +51,20 @@ class Witness:
         finally:
             connection.close()
         if closing:
-            return dict(enumerate(json.loads(self._part(closing[0], "output"))))
+            whole = dict(enumerate(json.loads(self._part(closing[0], "output"))))
+            asked = any(part.name == "logprobs" for part in closing[0].parts)
+            told = json.loads(self._part(closing[0], "logprobs"))["choices"] if asked else []
+            return whole, {choice: [_told(*one) for one in entries] for choice, entries in enumerate(told)}
         ((key_id,),) = self._rows("SELECT key_id FROM request_index WHERE request_id = ?", request_id)
         key = self._data_key(str(key_id))
         texts: dict[int, str] = {}
+        tokens: dict[int, list[Told]] = {}
         for sequence, choice, sealed in segments:
-            opened = open_transient(key, self._tenant, request_id, part_name(sequence), sealed).decode()
-            texts[choice] = texts.get(choice, "") + opened
-        return texts
+            opened = open_transient(key, self._tenant, request_id, part_name(sequence), sealed)
+            text, _, behind = opened.partition(TOKENS_BEHIND)
+            texts[choice] = texts.get(choice, "") + text.decode()
+            tokens.setdefault(choice, []).extend(_told(*one) for one in json.loads(behind or b"[]"))
+        return texts, tokens
 
     def _part(self, leaf: Leaf, name: str) -> bytes:
         query = "SELECT key_id, nonce, ciphertext FROM content WHERE record_id = ? AND part = ?"
@@ -74,10 +84,18 @@ class Witness:
             connection.close()
 
 
+Told = tuple[bytes, float, tuple[tuple[bytes, float], ...]]  # a scripted token is a byte
+
+
+def _told(token: int, logprob: float, top: Sequence[tuple[int, float]]) -> Told:
+    return bytes([token]), logprob, tuple((bytes([one]), value) for one, value in top)
+
+
 class Guarded:
     """Stands between the server and the app: before a body chunk goes on, all text up to its end must be on record.
 
-    Tokens shown by log-probabilities count as text. What leaves too early is named in `breaches`.
+    Tokens shown by log-probabilities count as text, and what is told of them, the likeliest others among it, must be on
+    record too. What leaves too early is named in `breaches`.
     """
 
     def __init__(self, app: FastAPI, inner: ASGIApp, tenant: str) -> None:
@@ -88,7 +106,7 @@ class Guarded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sent: dict[int, str] = {}
-        shown: dict[int, bytes] = {}
+        shown: dict[int, list[Told]] = {}
         request_id = ""
 
         async def watched(message: Message) -> None:
@@ -98,27 +116,29 @@ class Guarded:
             elif message["type"] == "http.response.body" and message.get("body"):
                 for choice, text, tokens in _texts(message["body"]):
                     sent[choice] = sent.get(choice, "") + text
-                    shown[choice] = shown.get(choice, b"") + tokens
+                    shown.setdefault(choice, []).extend(tokens)
                 self._check(request_id, sent, shown)
             await send(message)
 
         await self._inner(scope, receive, watched if scope["type"] == "http" else send)
 
-    def _check(self, request_id: str, sent: dict[int, str], shown: dict[int, bytes]) -> None:
+    def _check(self, request_id: str, sent: dict[int, str], shown: dict[int, list[Told]]) -> None:
         if not any(sent.values()) and not any(shown.values()):
             return
         self.chunks += 1
-        on_record = self._witness.texts(request_id)
+        on_record, told = self._witness.on_record(request_id)
         for choice, text in sent.items():
             if not on_record.get(choice, "").startswith(text):
                 self.breaches.append(f"text of choice {choice} of {request_id} is not on record")
         for choice, tokens in shown.items():
-            if not on_record.get(choice, "").encode().startswith(tokens):
+            if not on_record.get(choice, "").encode().startswith(b"".join(token for token, _, _ in tokens)):
                 self.breaches.append(f"tokens of choice {choice} of {request_id} are not on record")
+            if told.get(choice, [])[: len(tokens)] != tokens:
+                self.breaches.append(f"what is told of tokens of choice {choice} of {request_id} is not on record")
 
 
-def _texts(body: bytes) -> list[tuple[int, str, bytes]]:
-    """Return (choice, text, bytes of its log-probabilities' tokens) of everything in a body chunk."""
+def _texts(body: bytes) -> list[tuple[int, str, list[Told]]]:
+    """Return (choice, text, its tokens' log-probabilities) of everything in a body chunk."""
     if body.startswith(b"{"):
         return _of(orjson.loads(body))
     found = []
@@ -129,7 +149,7 @@ def _texts(body: bytes) -> list[tuple[int, str, bytes]]:
     return found
 
 
-def _of(answer: dict[str, object]) -> list[tuple[int, str, bytes]]:
+def _of(answer: dict[str, object]) -> list[tuple[int, str, list[Told]]]:
     found = []
     choices = answer.get("choices") or []
     assert isinstance(choices, list)
@@ -137,5 +157,10 @@ def _of(answer: dict[str, object]) -> list[tuple[int, str, bytes]]:
         said = choice.get("delta") or choice.get("message") or choice
         text = said.get("content") or said.get("text") or ""
         logprobs = (choice.get("logprobs") or {}).get("content") or []
-        found.append((choice["index"], text, b"".join(bytes(entry["bytes"]) for entry in logprobs)))
+        found.append((choice["index"], text, [_shown(entry) for entry in logprobs]))
     return found
+
+
+def _shown(entry: dict[str, Any]) -> Told:
+    top = tuple((bytes(one["bytes"]), one["logprob"]) for one in entry["top_logprobs"])
+    return bytes(entry["bytes"]), entry["logprob"], top
