@@ -35,7 +35,7 @@ from gateway.bounded_http import BoundedHttp
 from gateway.error_responses import Containment, install_error_handlers, report_engine_trouble, report_model_reading
 from gateway.identification import RequestIdentification
 from gateway.pipeline import Clock, Pipeline
-from gateway.routes import admin, audit, health, inference, models, receipts
+from gateway.routes import admin, audit, health, inference, models, policy, receipts
 from gateway.settings import Settings
 from gateway.state import AppState
 from gateway.telemetry import Telemetry
@@ -65,7 +65,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock
     app = FastAPI(title="Probity", version="2026.11.0", lifespan=_lifespan, openapi_url=None)
     app.state.probity = state
     app.state.key_client = key_client()
-    for routes in (inference, models, receipts, health, audit, admin):
+    for routes in (inference, models, policy, receipts, health, audit, admin):
         app.include_router(routes.router)
     install_error_handlers(app)
     return app

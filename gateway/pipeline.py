@@ -14,13 +14,14 @@ import asyncio
 import hmac
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import TypeVar
 
 from audit.log import AuditLog
-from audit.records import Json, ModelEntry, Record, request_denied, request_received
+from audit.records import Json, ModelEntry, Record, TimingEntry, request_completed, request_denied, request_received
 from audit.writer import LogUnavailable
 from engine.dialect import Thinking
 from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams, Structure
@@ -51,10 +52,14 @@ from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
 from policies.store import PolicyStore, StoreUnavailable
 
+EXPLAIN = "policy.explain"
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is rendered, inspected and counted beside the event loop
 ENTERING_POLL_S = 0.01  # while draining
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,17 @@ class Answer:
     created: int  # Unix seconds
     thinking: Thinking  # whether what the model says may begin with thoughts
     outbox: Outbox
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What would be decided on a question, and was put on record instead of an answer."""
+
+    receipt: str
+    decision: Decision
+    verdicts: tuple[Verdict, ...]  # of the input guardrails
+    prompt_tokens: int | None  # None where it was denied
+    refusal: ApiError | None = None  # what the caller of the endpoint would be told
 
 
 class Denied(Exception):
@@ -137,6 +153,10 @@ class Pipeline:
         return answer
 
     async def _answer(self, question: Question) -> Answer:
+        return await self._admitted(question, self._enter)
+
+    async def _admitted(self, question: Question, enter: Callable[[Question], Awaitable[T]]) -> T:
+        """Let a question in, if there is room; what fails leaves again."""
         if self._draining:
             raise errors.draining()
         tenant = question.principal.tenant
@@ -146,7 +166,7 @@ class Pipeline:
         self._entering += 1
         self._of_tenant[tenant] += 1
         try:
-            return await self._enter(question)
+            return await enter(question)
         except BaseException:
             self._leave(tenant)
             raise
@@ -157,6 +177,60 @@ class Pipeline:
         self._of_tenant[tenant] -= 1
         if not self._of_tenant[tenant]:
             del self._of_tenant[tenant]
+
+    async def explain(self, question: Question) -> Explanation:
+        """Decide as for an answer, and generate nothing. What is asked is on record, like any request; the question
+        counts as one, with the tokens of its prompt.
+
+        Raises: ApiError: what refuses before a policy is asked, or the log.
+        """
+        try:
+            explained = await self._admitted(question, self._explain)
+        except ApiError as error:
+            self._telemetry.gateway.count_request(EXPLAIN, error.status, error.code)
+            raise
+        self._leave(question.principal.tenant)
+        self._telemetry.gateway.count_request(EXPLAIN, 200)
+        return explained
+
+    async def _explain(self, question: Question) -> Explanation:
+        asked = replace(question, action=EXPLAIN)  # as it goes on record; decided on is what it is about
+        try:
+            grant = await self._decide(question, self._policy(question.principal.tenant))
+            self._reserve(grant)
+        except Denied as denied:
+            error = await self._put_denial_on_record(asked, denied)
+            if "probity-receipt" not in error.headers:
+                raise error from None
+            return Explanation(error.headers["probity-receipt"], denied.decision, denied.verdicts, None, error)
+        except StoreUnavailable:
+            raise errors.audit_unavailable() from None
+        grant = replace(grant, question=asked)
+        self._ledger.settle(question.request_id, grant.prompt_tokens)
+        try:
+            await self._log.append(self._received(grant))
+            receipt = await self._log.append(self._explained(grant))
+        except LogUnavailable:
+            raise errors.audit_unavailable() from None
+        return Explanation(str(receipt), grant.decision, grant.verdicts, grant.prompt_tokens)
+
+    def _explained(self, grant: Grant) -> Record:
+        def since_received(moment: float) -> int:
+            return round((moment - grant.question.received) * 1_000_000)
+
+        decided, now = since_received(grant.decided), since_received(self._clock.monotonic())
+        return request_completed(
+            tenant=grant.question.principal.tenant,
+            request_id=grant.question.request_id,
+            status="completed",
+            choices=[],
+            usage={"prompt_tokens": grant.prompt_tokens, "cached_tokens": 0, "completion_tokens": 0},
+            guardrails=[],
+            limits=limit_entries(grant.obligations.limits, grant.reserved_tokens, grant.prompt_tokens),
+            timings=TimingEntry(decided, now, None, None, now),
+            output=b"[]",
+            output_tokens=b"[]",
+        )
 
     async def _enter(self, question: Question) -> Answer:
         """Decide, put on record, start the governed task."""

@@ -88,7 +88,7 @@ def explain_request(policy: EffectivePolicy, text: str) -> dict[str, Any]:
     loaded = frozenset(model.version for model in policy.models.values())
     decision = evaluate(request, policy, loaded)
     entry = decision_entry(decision)
-    obliges = None if decision.obligations is None else _obligations(decision.obligations)
+    obliges = None if decision.obligations is None else obliged(decision.obligations)
     return {
         "effect": entry.effect,
         "reasons": [dict(reason) for reason in entry.reasons],
@@ -116,7 +116,8 @@ def _request(text: str) -> _Request:
         ) from None
 
 
-def _obligations(obligations: Obligations) -> dict[str, Any]:
+def obliged(obligations: Obligations) -> dict[str, Any]:
+    """Return what an allow obliges to, as it is shown."""
     params = obligations.params
     return {
         "model": {"alias": obligations.model.alias, "version": obligations.model.version},

@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz`, `/metrics`, `/openapi.json`: for the machines that watch this process.
+"""`/livez`, `/readyz`, `/metrics`, `/openapi.json`, `/docs`: for those who watch this process, or wonder what it does.
 
 No content, no names of people.
 """
@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from gateway.auth.permissions import PUBLIC
+from gateway.openapi import CONTENT_SECURITY_POLICY, description, page
 from gateway.state import AppState, state_of
 
 router = APIRouter(dependencies=[PUBLIC])
@@ -38,7 +39,13 @@ async def metrics(request: Request) -> Response:
 
 @router.get("/openapi.json", include_in_schema=False)
 async def openapi(request: Request) -> Response:
-    return JSONResponse(request.app.openapi())
+    return JSONResponse(description(request.app))
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    headers = {"content-security-policy": CONTENT_SECURITY_POLICY, "x-content-type-options": "nosniff"}
+    return Response(page(description(request.app)), media_type="text/html; charset=utf-8", headers=headers)
 
 
 def _checks(state: AppState) -> dict[str, bool]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.responses import Response
 
 from engine.message_parser import MessageParser
@@ -20,6 +20,7 @@ from gateway.error_responses import invalid_fields
 from gateway.errors import ApiError
 from gateway.grant import Question
 from gateway.message import readers_of
+from gateway.openapi import reference
 from gateway.pipeline import Answer
 from gateway.rendering.chat import ChatRenderer
 from gateway.rendering.completions import CompletionRenderer
@@ -58,26 +59,19 @@ router = APIRouter(prefix="/v1", route_class=HandMade)
 Body = TypeVar("Body", ChatRequest, CompletionRequest, EmbeddingsRequest, ResponsesRequest)
 
 
-def _schema(body: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI for a body that is read by hand, so that it can be parsed strictly and recorded as sent."""
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-@router.post("/chat/completions", openapi_extra=_schema(ChatRequest), dependencies=[requires(Permission.INFER)])
+@router.post("/chat/completions", openapi_extra=reference(ChatRequest), dependencies=[requires(Permission.INFER)])
 async def chat_completions(request: Request) -> Response:
     body = await request.body()
     return await _answer(request, "chat.completions", body, _parse(ChatRequest, body))
 
 
-@router.post("/completions", openapi_extra=_schema(CompletionRequest), dependencies=[requires(Permission.INFER)])
+@router.post("/completions", openapi_extra=reference(CompletionRequest), dependencies=[requires(Permission.INFER)])
 async def completions(request: Request) -> Response:
     body = await request.body()
     return await _answer(request, "completions", body, _parse(CompletionRequest, body))
 
 
-@router.post("/responses", openapi_extra=_schema(ResponsesRequest), dependencies=[requires(Permission.INFER)])
+@router.post("/responses", openapi_extra=reference(ResponsesRequest), dependencies=[requires(Permission.INFER)])
 async def responses(request: Request) -> Response:
     body = await request.body()
     stated = _parse(ResponsesRequest, body)
@@ -94,7 +88,7 @@ async def responses(request: Request) -> Response:
     return await _rendered(request, answered, renderer)
 
 
-@router.post("/embeddings", openapi_extra=_schema(EmbeddingsRequest), dependencies=[requires(Permission.INFER)])
+@router.post("/embeddings", openapi_extra=reference(EmbeddingsRequest), dependencies=[requires(Permission.INFER)])
 async def embeddings(request: Request) -> Response:
     body = await request.body()
     asked = _parse(EmbeddingsRequest, body)
@@ -123,18 +117,22 @@ class Answered:
         return {"probity-receipt": answer.receipt, "probity-policy": answer.policy, "probity-model": answer.model}
 
 
-async def _answered(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Answered:
-    state = state_of(request)
-    question = Question(
+def question_of(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Question:
+    """Return the question with who asks. Raises: ApiError (400): the purpose is not a name."""
+    return Question(
         request_id=request.state.request_id,
         principal=with_purpose(request.state.principal, request.headers.get("probity-purpose")),
         action=action,
         request=asked,
         body=body,
         source=request.client.host if request.client else None,
-        received=state.clock.monotonic(),
+        received=state_of(request).clock.monotonic(),
     )
-    return Answered(question, await state.pipeline.answer(question))
+
+
+async def _answered(request: Request, action: str, body: bytes, asked: InferenceRequest) -> Answered:
+    question = question_of(request, action, body, asked)
+    return Answered(question, await state_of(request).pipeline.answer(question))
 
 
 async def _answer(request: Request, action: str, body: bytes, asked: TextRequest) -> Response:

@@ -9,7 +9,7 @@ from gateway.strict_json import parse_json
 
 InferenceRequest = ChatRequest | CompletionRequest | EmbeddingsRequest
 
-_BODIES: dict[str, type[InferenceRequest | ResponsesRequest]] = {
+BODIES: dict[str, type[InferenceRequest | ResponsesRequest]] = {
     "chat.completions": ChatRequest,
     "completions": CompletionRequest,
     "embeddings": EmbeddingsRequest,
@@ -22,5 +22,10 @@ def read_body(action: str, body: bytes) -> InferenceRequest:
 
     Raises: MalformedJson, ValidationError, KeyError: the action is not one.
     """
-    read = _BODIES[action].model_validate(parse_json(body))
+    return read_value(action, parse_json(body))
+
+
+def read_value(action: str, value: object) -> InferenceRequest:
+    """Return what a JSON value asks for. Raises: ValidationError, KeyError."""
+    read = BODIES[action].model_validate(value)
     return read.chat() if isinstance(read, ResponsesRequest) else read
