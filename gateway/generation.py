@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import orjson
@@ -40,7 +40,7 @@ from gateway.grant import Grant
 from gateway.release import Release, told
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.telemetry import Attributes, Telemetry
-from policies.guardrails import OutputInspector, Verdict
+from policies.guardrails import OutputInspector, Verdict, merged
 from policies.limits import LimitLedger
 from policies.store import StoreUnavailable
 
@@ -120,6 +120,7 @@ class Generation:
         except Exception as error:  # the caller must not wait for ever; the next start closes it as interrupted
             note_failure("request_not_closed", error)
             self.outbox.put(Failure(errors.internal_error()))
+            await self._close_barely()
 
     async def _generated_or_failed(self) -> ApiError | None:
         """Generate to the end; return what the caller is told if it fails."""
@@ -192,7 +193,8 @@ class Generation:
         self._observe()
         used = self._grant.prompt_tokens + sum(len(choice.tokens) for choice in self._choices)
         self._ledger.settle(self._grant.question.request_id, used)
-        record = self._completed(used) if failure is None else self._failed(failure)
+        verdicts = merged([inspector.verdicts() for inspector in self._inspectors])  # a leaf has room for one of each
+        record = self._completed(used, verdicts) if failure is None else self._failed(failure, verdicts)
         receipt = await self._put_on_record(record)
         if receipt is None:
             return
@@ -209,6 +211,13 @@ class Generation:
                 prompt_logprobs=None if self._grant.sampling.prompt_logprobs is None else self._prompt_logprobs,
             )
         )
+
+    async def _close_barely(self) -> None:
+        """Close a request whose record was refused for what it says; the next start closes what fails here too."""
+        try:
+            await self._put_on_record(self._failed(errors.internal_error(), ()))
+        except Exception as error:
+            note_failure("request_left_open", error)
 
     async def _put_on_record(self, record: Record) -> Receipt | None:
         """Return the receipt of the closing record; or None, and the caller is told that there is none.
@@ -232,7 +241,7 @@ class Generation:
         for verdict in (*self._grant.verdicts, *self._verdicts()):
             self._telemetry.gateway.count_guardrail(verdict.detector, verdict.stage.value, verdict.outcome.value)
 
-    def _completed(self, used: int) -> Record:
+    def _completed(self, used: int, verdicts: Sequence[Verdict]) -> Record:
         question = self._grant.question
         return request_completed(
             tenant=question.principal.tenant,
@@ -244,7 +253,7 @@ class Generation:
                 "cached_tokens": self._cached_tokens(),
                 "completion_tokens": sum(len(choice.tokens) for choice in self._choices),
             },
-            guardrails=guardrail_entries(self._verdicts()),
+            guardrails=guardrail_entries(verdicts),
             limits=limit_entries(self._grant.obligations.limits, self._grant.reserved_tokens, used),
             timings=self._timings(),
             output=orjson.dumps(self._release.output()),
@@ -252,7 +261,7 @@ class Generation:
             logprobs=self._told(),
         )
 
-    def _failed(self, failure: ApiError) -> Record:
+    def _failed(self, failure: ApiError, verdicts: Sequence[Verdict]) -> Record:
         question = self._grant.question
         return request_failed(
             tenant=question.principal.tenant,
@@ -260,7 +269,7 @@ class Generation:
             code=failure.code,
             timings=self._timings(),
             output=orjson.dumps(self._release.output()),
-            guardrails=guardrail_entries(self._verdicts()),
+            guardrails=guardrail_entries(verdicts),
             logprobs=self._told(),
         )
 

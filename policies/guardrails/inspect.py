@@ -58,7 +58,8 @@ class _Span:
     guardrail: int  # position among the specs
 
 
-_SEVERITY = (Outcome.NOT_RUN, Outcome.PASSED, Outcome.FLAGGED, Outcome.REDACTED, Outcome.BLOCKED, Outcome.ERROR)
+# What passed here and did not run there has not passed.
+_SEVERITY = (Outcome.PASSED, Outcome.NOT_RUN, Outcome.FLAGGED, Outcome.REDACTED, Outcome.BLOCKED, Outcome.ERROR)
 _OUTCOMES = {Action.BLOCK: Outcome.BLOCKED, Action.REDACT: Outcome.REDACTED, Action.FLAG: Outcome.FLAGGED}
 
 

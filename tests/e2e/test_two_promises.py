@@ -193,6 +193,27 @@ def test_no_output_leaves_before_it_is_on_record(
     assert whole["choices"][0]["message"]["content"] == PROSE
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_as_many_guardrails_as_choices_make_no_record_too_large_to_close_with(tmp_path: Path, stream: bool) -> None:
+    names = [f"guardrail-of-a-long-name-{number:03}" for number in range(45)]
+    says = (
+        "{detector: pii, stage: output, action: redact, entities: [card], on_error: block, "
+        "streaming: {mode: window, hold_chars: 96}}"
+    )
+    sections = "guardrails:\n" + "".join(f"  {name}: {says}\n" for name in names)
+    engine = ScriptedEngine(lambda prompt: "fine")
+    with running_gateway(
+        tmp_path, engine, obligations=f"guardrails: [{', '.join(names)}]", sections=sections
+    ) as gateway:
+        app = Hand(gateway, "app")
+        answer = app.post("/v1/chat/completions", body("hello", n=16, stream=stream))
+        assert answer.status_code == 200
+        (completed,) = leaves(gateway, type="request.completed")
+    entries: Any = completed.body["guardrails"]
+    assert [entry["id"] for entry in entries] == names
+    assert {entry["verdict"] for entry in entries} == {"passed"}
+
+
 class TrailingEngine(ScriptedEngine):
     """Its text trails its tokens, as the real detokenizer's does: whole characters only, and the last eight wait."""
 
