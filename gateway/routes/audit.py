@@ -29,6 +29,7 @@ from gateway.admission import parse_json
 from gateway.auth.claims import PLATFORM, TENANT
 from gateway.auth.permissions import Permission, covers_tenant, require_tenant, requires
 from gateway.error_responses import invalid_fields
+from gateway.errors import ApiError
 from gateway.oversight import Officer, put, read_record, replayed_record, revealed_record
 from gateway.replay import Replay, ReplayRefused, recording, replay
 from gateway.schemas.oversight import ReplayBody, RequestFilters, RevealBody
@@ -41,6 +42,7 @@ T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 
 _REQUEST_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+TOLD_ON_RECORD = frozenset({"content_erased", "evidence_damaged"})
 _WRITER = r"^[0-9a-f]{16}$"
 
 TenantParameter = Annotated[str | None, Query(max_length=63, description="whose log; by default the officer's own")]
@@ -78,7 +80,7 @@ async def reveal(request: Request, request_id: str) -> dict[str, Any]:
     state, officer = state_of(request), officer_of(request)
     body = await read_body(request, RevealBody)
     tenant = await _tenant_of(state, officer, request_id)
-    content: RevealedContent = await _read(state, state.reader.reveal, request_id)
+    content = await _content(state, officer, tenant, request_id, "reveal")
     await put(state.log, [revealed_record(officer, tenant, request_id, body.reason, body.case)])
     return {
         "request_id": request_id,
@@ -98,11 +100,12 @@ async def replay_request(request: Request, request_id: str) -> dict[str, Any]:
     body = await read_body(request, ReplayBody)
     tenant = await _tenant_of(state, officer, request_id)
     leaves = await _read(state, state.reader.leaves, request_id)
-    content = await _read(state, state.reader.reveal, request_id)
+    content = await _content(state, officer, tenant, request_id, "replay")
     try:
         recorded = recording([stored.leaf for stored in leaves], content)
         outcome: Replay = await replay(state.engine, recorded, f"replay/{request.state.request_id}", body.mode)
-    except ReplayRefused as refused:
+    except ReplayRefused as refused:  # why not says something of the request
+        await put(state.log, [read_record(officer, tenant, "replay", {"request": request_id}, rows=1)])
         raise problems.not_replayable(str(refused)) from None
     except (EngineOverloaded, ReplayInterrupted):
         raise errors.overloaded() from None
@@ -212,6 +215,17 @@ def _log_tenant(officer: Officer, tenant: str | None) -> str:
         raise errors.invalid_request("`tenant` is not the name of a tenant", param="tenant")
     require_tenant(officer.principal, tenant)
     return tenant
+
+
+async def _content(state: AppState, officer: Officer, tenant: str, request_id: str, view: str) -> RevealedContent:
+    """Return what was said. That it is not there any more, or not what it was, is told on record only."""
+    try:
+        content: RevealedContent = await _read(state, state.reader.reveal, request_id)
+    except ApiError as refused:
+        if refused.code in TOLD_ON_RECORD:
+            await put(state.log, [read_record(officer, tenant, view, {"request": request_id}, rows=1)])
+        raise
+    return content
 
 
 # --- plumbing ---

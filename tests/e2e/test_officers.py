@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from audit.checkpoint import open_checkpoint
 from audit.merkle import check_consistency, check_inclusion
@@ -328,11 +329,33 @@ def test_a_replay_is_identical_and_on_record(gateway: RunningGateway, app: Hand,
     assert record.body["request"] == request_id
 
 
-def test_a_denied_request_cannot_be_replayed(app: Hand, auditor: Hand) -> None:
+def test_a_denied_request_cannot_be_replayed_and_that_it_was_asked_is_on_record(
+    gateway: RunningGateway, app: Hand, auditor: Hand
+) -> None:
     request_id = app.ask("never", model="no-such-model")
+    looks = len(leaves(gateway, type="audit.read"))
     answer = auditor.post(f"/audit/requests/{request_id}:replay", {})
     assert answer.status_code == 409
     assert answer.json()["title"] == "not_replayable"
+    assert len(leaves(gateway, type="audit.read")) == looks + 1
+    assert leaves(gateway, type="audit.read")[-1].body["filters"] == {"request": request_id}
+    with database_locked(gateway):
+        assert auditor.post(f"/audit/requests/{request_id}:replay", {}).status_code == 503
+
+
+def test_that_content_was_erased_is_told_on_record_only(gateway: RunningGateway, app: Hand, auditor: Hand) -> None:
+    request_id = app.ask(SECRET)
+    (opening,) = (leaf for leaf in leaves(gateway, type="request.received") if leaf.request == request_id)
+    reader = gateway.rooms.log.database.reader
+    with reader.connect() as connection:
+        query = text("SELECT DISTINCT key_id FROM content WHERE record_id = :record")
+        keys = connection.execute(query, {"record": opening.record}).scalars().all()
+    gateway.rooms.log.keystore.destroy(keys)
+    looks = len(leaves(gateway, type="audit.read"))
+    assert auditor.post(f"/audit/requests/{request_id}:reveal", {"reason": "is it gone"}).status_code == 410
+    assert auditor.post(f"/audit/requests/{request_id}:replay", {}).status_code == 410
+    views = [leaf.body["view"] for leaf in leaves(gateway, type="audit.read")[looks:]]
+    assert views == ["reveal", "replay"]
 
 
 def test_an_answer_that_comes_out_otherwise_is_called_different(tmp_path: Path) -> None:
