@@ -13,11 +13,14 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TextIO
 
 import orjson
+
+from gateway.error_responses import note_failure
 
 MAX_TEXT_CHARS = 128
 MAX_LIST = 16
@@ -81,3 +84,6 @@ def install_diagnostics(stream: TextIO | None = None, level: int = logging.INFO)
         logger.handlers.clear()
         logger.propagate = name != "uvicorn.access"  # addresses hold ids and filters; requests are in the log anyway
     logging.captureWarnings(True)
+    # What ends a thread or a finaliser is printed by the interpreter with its message, unless somebody is asked first.
+    threading.excepthook = lambda failed: note_failure("thread_failed", failed.exc_value or failed.exc_type())
+    sys.unraisablehook = lambda failed: note_failure("finaliser_failed", failed.exc_value or failed.exc_type())

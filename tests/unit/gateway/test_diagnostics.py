@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import sys
+import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -13,6 +15,14 @@ from gateway.diagnostics import DiagnosticsFormatter, install_diagnostics
 from gateway.error_responses import note_failure, report_model_reading
 
 CANARY = "canary 4929 1234"
+
+
+@pytest.fixture(autouse=True)
+def hooks() -> Iterator[None]:
+    """The runner has hooks of its own, which go on after a test that installed others."""
+    before = threading.excepthook, sys.unraisablehook
+    yield
+    threading.excepthook, sys.unraisablehook = before
 
 
 def line_of(
@@ -117,3 +127,35 @@ def test_installed_diagnostics_take_every_logger_and_drop_access_lines() -> None
     assert lines[2]["port"] == 8080
     assert (lines[3]["component"], lines[3]["count"]) == ("model-00001-of-00002.safetensors", 9)
     assert CANARY not in stream.getvalue()
+
+
+class _Spoilt:
+    def __del__(self) -> None:
+        raise ValueError(CANARY)
+
+
+def test_what_ends_a_thread_or_a_finaliser_is_noted_without_its_message(capfd: pytest.CaptureFixture[str]) -> None:
+    """The audit writer is such a thread, and what it fails on may be a prompt."""
+
+    def fail() -> None:
+        raise ValueError(CANARY)
+
+    root = logging.getLogger()
+    before, level, stream = root.handlers[:], root.level, io.StringIO()
+    try:
+        install_diagnostics(stream)
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        spoilt: object = _Spoilt()
+        del spoilt
+    finally:
+        logging.captureWarnings(False)
+        root.handlers[:] = before
+        root.setLevel(level)
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["event"], line["error_types"]) for line in lines] == [
+        ("thread_failed", ["builtins.ValueError"]),
+        ("finaliser_failed", ["builtins.ValueError"]),
+    ]
+    assert CANARY not in stream.getvalue() + "".join(capfd.readouterr())
