@@ -114,9 +114,7 @@ class Segment:
     request_id: str
     choice: int  # 0 … n − 1
     sequence: int  # 0, 1, 2, … per request, over all choices
-    data: (
-        bytes  # UTF-8 text exactly as it will be sent; then 0xFF and JSON, if tokens are told of
-    )
+    data: bytes  # UTF-8 text exactly as it will be sent; then 0xFF and JSON, if tokens are told of
 
 
 # --- the bodies of a request's records: what the officers' index and the story are built from ---
