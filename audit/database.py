@@ -64,7 +64,21 @@ _POSTGRESQL = {
 _WRITE_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "recursive_triggers=ON", "foreign_keys=ON",
                   "busy_timeout=5000", "trusted_schema=OFF")  # fmt: skip
 
-SQLITE_TRIGGERS = "057c995780bb4f0026442d8ab45e09ff228acb02c5c572f2737bdace18aaa92a"  # as the migrations make them
+# SHA-256 of the triggers as the migrations make them, and of the functions that they call.
+TRIGGERS = {
+    "sqlite": "057c995780bb4f0026442d8ab45e09ff228acb02c5c572f2737bdace18aaa92a",
+    "postgresql": "0cf7e7694bae2fd2a8b0fb6246ca0179438783afd1f81bdae1ee636caf663894",
+}
+_SQLITE_BODIES = "SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"
+_POSTGRESQL_BODIES = """
+    SELECT tgname, tgname || ' ' || tgtype || ' ' || proname
+           || replace(prosrc, quote_ident(current_schema()) || '.', '') || coalesce(pg_get_expr(tgqual, tgrelid), '')
+    FROM pg_trigger JOIN pg_proc ON pg_proc.oid = tgfoid JOIN pg_class ON pg_class.oid = tgrelid
+    WHERE relnamespace = current_schema()::regnamespace
+    UNION ALL
+    SELECT evtname, evtname || ' ' || evtevent || ' ' || array_to_string(evttags, ',') || ' ' || proname || prosrc
+    FROM pg_event_trigger JOIN pg_proc ON pg_proc.oid = evtfoid
+"""
 
 # What no connection of ours may do to SQLite, whatever text reaches it. Migrations bring no authorizer.
 _FORBIDDEN = frozenset(
@@ -200,7 +214,7 @@ def check_defences(connection: Connection) -> None:
         raise DatabaseUnprotected(
             f"the trigger `{missing[0]}` is missing or disabled; run `probity db upgrade`, then verify the log"
         )
-    if connection.dialect.name == "sqlite" and _sqlite_trigger_digest(connection) != SQLITE_TRIGGERS:
+    if _trigger_digest(connection) != TRIGGERS[connection.dialect.name]:
         raise DatabaseUnprotected(
             "a trigger of the log was replaced by another of its name; verify the log, restore it"
         )
@@ -219,11 +233,12 @@ def _sqlite_triggers(connection: Connection) -> set[str]:
     return set(rows.scalars())
 
 
-def _sqlite_trigger_digest(connection: Connection) -> str:
+def _trigger_digest(connection: Connection) -> str:
     """Return what tells the triggers from others of the same names, which may do nothing."""
-    rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE type = 'trigger' ORDER BY name")).all()
-    own = {name.partition(".")[2] for name in expected_triggers("sqlite")}
-    joined = "\n".join(sql for name, sql in rows if name in own)
+    dialect = connection.dialect.name
+    own = {name.rpartition(".")[2] for name in expected_triggers(dialect)}
+    rows = connection.execute(text(_SQLITE_BODIES if dialect == "sqlite" else _POSTGRESQL_BODIES)).all()
+    joined = "\n".join(sorted(body for name, body in rows if name in own))
     return hashlib.sha256(joined.encode()).hexdigest()
 
 

@@ -388,6 +388,29 @@ def test_a_log_whose_trigger_was_replaced_by_one_that_does_nothing_is_not_opened
         place.open()
 
 
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "CREATE OR REPLACE FUNCTION probity_append_only() RETURNS trigger LANGUAGE plpgsql "
+        "AS $$ BEGIN RETURN OLD; END $$",
+        "CREATE OR REPLACE FUNCTION probity_no_ddl() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN END $$",
+        "CREATE OR REPLACE TRIGGER leaf_append_only BEFORE UPDATE OR DELETE ON leaf FOR EACH ROW WHEN (false) "
+        "EXECUTE FUNCTION probity_append_only()",
+    ],
+    ids=["function", "event function", "trigger"],
+)
+def test_a_server_whose_trigger_was_made_to_do_nothing_is_not_opened(
+    postgres: PostgresServer, tmp_path: Path, attack: str
+) -> None:
+    database = postgres.database()
+    with database.admin() as superuser:
+        superuser.execute("SET probity.migration = 'on'")
+        superuser.execute(attack.encode())
+        superuser.execute("ALTER TABLE leaf ENABLE ALWAYS TRIGGER leaf_append_only")
+    with pytest.raises(DatabaseUnprotected, match="replaced by another"):
+        server_place(tmp_path, database).open()
+
+
 def test_a_log_without_its_tables_is_not_opened(tmp_path: Path) -> None:
     place = embedded_place(tmp_path)
     disarmed(place, ["DROP TABLE tile"])
