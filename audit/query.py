@@ -27,6 +27,7 @@ MAX_LIMIT = 500  # rows a slice
 MAX_TEXT = 512  # characters of a filter
 MAX_WINDOW = timedelta(days=3660)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LATEST = datetime(9999, 1, 1, tzinfo=UTC)  # what follows has no time in every zone
 STATUSES = frozenset({"received", "completed", "denied", "failed", "interrupted", "cancelled"})
 
 _PSEUDONYM = re.compile(r"[0-9a-f]{32}")
@@ -52,8 +53,8 @@ class RequestQuery:
 
     def __post_init__(self) -> None:
         for name, moment in (("from", self.since), ("to", self.until)):
-            if moment.tzinfo is None or moment < EPOCH:
-                raise QueryRefused(f"`{name}` is not a time after 1970 with a time zone")
+            if moment.tzinfo is None or not EPOCH <= moment < LATEST:
+                raise QueryRefused(f"`{name}` is not a time from 1970 to 9998 with a time zone")
         if not timedelta(0) < self.until - self.since <= MAX_WINDOW:
             raise QueryRefused("`to` is not later than `from`, or by more than ten years")
         if not 1 <= self.limit <= MAX_LIMIT:

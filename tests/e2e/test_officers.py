@@ -124,6 +124,7 @@ def test_filters_choose(app: Hand, auditor: Hand, filters: dict[str, str], fits:
         {"from": "2026-01-01T00:00:00Z"},
         {"from": "yesterday", "to": "2026-02-01T00:00:00Z"},
         {"from": "2026-02-01T00:00:00Z", "to": "2026-01-01T00:00:00Z"},
+        {"from": "9999-12-31T23:59:59-12:00", "to": "9999-12-31T23:59:59-13:00"},
         {"from": "2026-02-01T00:00:00", "to": "2026-03-01T00:00:00"},
         {**WINDOW, "limit": "0"},
         {**WINDOW, "limit": "501"},
