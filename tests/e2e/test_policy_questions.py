@@ -36,8 +36,7 @@ def engine() -> ScriptedEngine:
 
 @pytest.fixture
 def gateway(tmp_path: Path, engine: ScriptedEngine) -> Iterator[RunningGateway]:
-    overrides: dict[str, Any] = {"audit__append_timeout_s": 0.5}
-    with running_gateway(tmp_path, engine, obligations=OBLIGATIONS, sections=SECTIONS, **overrides) as running:
+    with running_gateway(tmp_path, engine, obligations=OBLIGATIONS, sections=SECTIONS) as running:
         yield running
 
 
@@ -113,12 +112,14 @@ def test_it_counts_as_a_request_and_is_refused_when_there_are_too_many(gateway: 
     gateway.rooms.ledger.check_integrity()
 
 
-def test_what_cannot_be_put_on_record_is_not_explained(gateway: RunningGateway) -> None:
-    app = Hand(gateway, "app")
-    with database_locked(gateway):
-        for body in (about("hello"), about("hello", model="nobody-s")):
-            answer = explain(app, body)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "audit_unavailable")
+def test_what_cannot_be_put_on_record_is_not_explained(tmp_path: Path, engine: ScriptedEngine) -> None:
+    overrides: dict[str, Any] = {"audit__append_timeout_s": 0.3}
+    with running_gateway(tmp_path, engine, **overrides) as gateway:
+        app = Hand(gateway, "app")
+        with database_locked(gateway):
+            for body in (about("hello"), about("hello", model="nobody-s")):
+                answer = explain(app, body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "audit_unavailable")
 
 
 def test_a_question_that_is_none_is_refused_and_not_repeated(gateway: RunningGateway) -> None:
