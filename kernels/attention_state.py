@@ -6,7 +6,8 @@ merged in ascending order. Products go along the head, then along the tile, into
 sum of the weights is a product with ones, whose order no layout of warps can change. A tile or segment that a row sees
 nothing of changes no bit of it, and a zero at the end is positive. Hence prefill == decode == chunked == cache hit, in
 bits, on a device whose matrix instructions agree at every height of a tile: a GPU has to show that, the interpreter
-shows order and indexing. Weights are rounded to the dtype of the values before they are multiplied, as their sum is.
+shows order and indexing. Weights are rounded to the dtype of the query before they are multiplied, as their sum is. A
+cache may hold float8, see float8.py: keys and values are widened as they are read, and nothing else changes.
 
 Scores are powers of two here: scale · log2(e) is multiplied in. The plain version for a CPU is paged_attention.py,
 whose segments are of 512 keys: the bits of the two are different policies. A segment of 256 was not measured.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.float8 import FLOAT8, check_caches, widened
 from kernels.jit import Block, Pointer, jit, narrow, product, tl
 from kernels.shape import ShapeError, check_shape
 
@@ -47,7 +49,7 @@ FULL = AttentionVariant()
 def segment_state(
     query: Block,  # [R, BLOCK_D]
     position: Block,  # [R] int32  a row sees the keys at positions ≤ its own
-    key_cache: Pointer,  # [slots, GROUPS, SIZE]
+    key_cache: Pointer,  # [slots, GROUPS, SIZE]  dtype of the query, or float8
     value_cache: Pointer,  # [slots, GROUPS, SIZE]
     table: Pointer,  # [M]  the blocks of this sequence
     group: Block,  # the head of the cache
@@ -83,6 +85,7 @@ def segment_state(
         else:
             keys = tl.load(key_cache + group * SIZE + (row + column), mask=column < SIZE, other=0.0)
             values = tl.load(value_cache + group * SIZE + (row + of_values), mask=of_values < SIZE, other=0.0)
+        keys = widened(keys, query.dtype, PLAIN)
         scores = product(query, keys.T, tl.zeros([rows, TILE], tl.float32), PLAIN) * scale
         if soft_cap is not None:
             scores = soft_cap * tanh(scores)
@@ -97,7 +100,7 @@ def segment_state(
         fade = tl.exp2(before - shift)[:, None]
         weights = narrow(tl.exp2(scores - shift[:, None]), query.dtype, PLAIN)
         sums = product(weights, ones, sums * fade, PLAIN)
-        weighted = product(weights, values, weighted * fade, PLAIN)
+        weighted = product(weights, widened(values, query.dtype, PLAIN), weighted * fade, PLAIN)
     return highest, tl.max(sums, axis=1), weighted
 
 
@@ -149,6 +152,11 @@ def in_powers_of_two(scale: float, variant: AttentionVariant) -> tuple[float, fl
     return scale / variant.soft_cap, variant.soft_cap * LOG2_E
 
 
+def launched_as(operation: str, key_cache: Tensor) -> str:
+    """Return the name under which the launch table knows an operation on such a cache."""
+    return f"{operation}_float8" if key_cache.dtype == FLOAT8 else operation
+
+
 def check_attention(
     query: Tensor,  # [T, H, D]
     key_cache: Tensor,  # [N, P, G, D]
@@ -176,8 +184,7 @@ def check_attention(
     for name, tensor in (("query", query), ("key_cache", key_cache), ("value_cache", value_cache)):
         if not tensor.is_contiguous():
             raise ShapeError(f"`{name}` is not contiguous")
-        if tensor.dtype != query.dtype:
-            raise ShapeError(f"`{name}` holds {tensor.dtype}, and `query` {query.dtype}")
+    check_caches(query.dtype, key_cache, value_cache)
 
 
 def attention_reference(

@@ -22,6 +22,7 @@ from kernels.attention_state import (
     attention_reference,
     check_attention,
     in_powers_of_two,
+    launched_as,
     merge_state,
     segment_state,
 )
@@ -32,7 +33,7 @@ from kernels.shape import check_shape
 
 def decode_attention(
     query: Tensor,  # [S, H, D]
-    key_cache: Tensor,  # [N, P, G, D]  same dtype
+    key_cache: Tensor,  # [N, P, G, D]  same dtype, or float8
     value_cache: Tensor,  # [N, P, G, D]
     block_table: Tensor,  # [S, M] int32  block ids; entries beyond the context are never read
     context_len: Tensor,  # [S] int32  tokens, ≤ M · P, the new one included; 0 for a row of padding, answered by zeros
@@ -72,7 +73,7 @@ def decode_attention_triton(
     segments = -(-width * page // SEGMENT)
     states = query.new_empty(sequences, groups, segments, heads // groups, size + 2, dtype=torch.float32)
     out, (exponent, soft_cap) = torch.empty_like(query), in_powers_of_two(scale, variant)
-    launch = launch_for("decode_attention", size, device_of(query))
+    launch = launch_for(launched_as("decode_attention", key_cache), size, device_of(query))
     shape = {"GROUPS": groups, "RATIO": heads // groups, "SIZE": size, "BLOCK_D": power_of_two(size)}
     shape |= {"SEGMENT": SEGMENT, "PLAIN": INTERPRETED}
     lengths = context_len.contiguous()

@@ -50,6 +50,11 @@ TABLE = (
     Entry("decode_attention", ANY, 256, Launch(warps=4, stages=2, block_m=16)),
     Entry("merge_attention", ANY, 256, Launch(warps=4, stages=1)),  # elements of a head
     Entry("prefill_attention", ANY, 256, Launch(warps=8, stages=3, block_m=128, block_n=128)),  # elements of a head
+    # Of a cache of float8, which takes registers to widen: of a head of 256 a quarter of the values' columns, not half.
+    Entry("decode_attention_float8", ANY, 128, Launch(warps=4, stages=3, block_m=16)),
+    Entry("decode_attention_float8", ANY, 256, Launch(warps=4, stages=2, block_m=16)),
+    Entry("prefill_attention_float8", ANY, 128, Launch(warps=8, stages=3, block_m=128, block_n=128)),
+    Entry("prefill_attention_float8", ANY, 256, Launch(warps=8, stages=3, block_m=128, block_n=64)),
     # `block_k` of all entries for "gemm" is the same: it is the step in which K is walked.
     Entry("gemm", ANY, 16, Launch(warps=4, stages=5, block_m=16, block_n=32, block_k=128)),  # rows
     Entry("gemm", ANY, 32, Launch(warps=4, stages=4, block_m=32, block_n=64, block_k=128)),

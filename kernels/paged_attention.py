@@ -7,8 +7,9 @@ segment's state keep that: `segment_fused` is the library's one-pass kernel; `se
 float32, 16 rows at a time. Where the library gives a row the same bits among any 2 to 16, one token of a sequence goes
 without the rows that would be padding; where it does among any multiple of 16, a prompt goes in one piece, which takes
 a tenth of the time. (Among 33 rows, whose last stands alone in the library's own tiles, it does not.)
-`verify_invariance` tests a machine for all of it. Keys that a row may not see change no bit, unless
-they are its own sequence's and not finite. A sink is a state of its own, merged before the first segment.
+`verify_invariance` tests a machine for all of it. Keys that a row may not see change no bit, unless they are its own
+sequence's and not finite. A sink is a state of its own, merged before the first segment. A cache may hold float8, see
+float8.py: what is read of it is widened first, and nothing else changes.
 
 Source: Kwon et al., SOSP 2023 (block tables); Milakov and Gimelshein, 2018 (one-pass softmax); Dao et al., 2022;
 Gemma 2, 2024 (soft-capped scores); Xiao et al., 2024, and GPT-OSS, 2025 (sinks).
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention_plan import ROWS, RUN_ROWS, SEGMENT, TILE, AttentionPlan, Part, Visit
+from kernels.float8 import FLOAT8, check_caches, from_float8
 from kernels.shape import ShapeError, check_shape
 
 State = tuple[Tensor, Tensor, Tensor]  # m [n, G, R] running maximum, l [n, G, R] sum, o [n, G, R, D] weighted sum
@@ -44,7 +46,7 @@ class Segment:
 
 def paged_attention(
     query: Tensor,  # [T, H, D]
-    key_cache: Tensor,  # [N + 1, P, G, D]  same dtype; the last block is zero
+    key_cache: Tensor,  # [N + 1, P, G, D]  same dtype, or float8; the last block is zero
     value_cache: Tensor,  # [N + 1, P, G, D]
     plan: AttentionPlan,  # of these T tokens and this layout
     scale: float,  # multiplies query·key before softmax
@@ -56,7 +58,7 @@ def paged_attention(
     Token t reads the blocks that hold positions 0 … its own of its own sequence and nothing else of the pool.
 
     Raises:
-        ShapeError: an argument disagrees with the shapes above.
+        ShapeError: an argument disagrees with the shapes or dtypes above.
 
     Cost: one pass over the keys and values of each sequence for every 16 rows (token, head of a group).
     """
@@ -64,6 +66,7 @@ def paged_attention(
     check_shape("value_cache", value_cache, *key_cache.shape)
     if tokens != plan.tokens:
         raise ShapeError(f"`query` has {tokens} tokens, the plan {plan.tokens}")
+    check_caches(query.dtype, key_cache, value_cache)
     if heads != plan.heads or key_cache.shape[2:] != (plan.groups, size):
         raise ShapeError(f"{heads} heads of {size} do not fit the plan or a cache of {list(key_cache.shape)}")
     if sinks is not None:
@@ -155,7 +158,7 @@ def _visit(
     tiles: Tensor, key_cache: Tensor, value_cache: Tensor, visit: Visit, scale: float, segment: Segment
 ) -> tuple[Tensor, Tensor]:
     """Return a segment's attention [n, G, R, D] and the logarithm of its sum [n, G, R]; unseeing rows: 0, −∞."""
-    keys, values = (_gather(cache, visit) for cache in (key_cache, value_cache))
+    keys, values = (_gather(cache, visit, tiles.dtype) for cache in (key_cache, value_cache))
     mask = None if visit.mask is None else visit.mask.expand(-1, -1, tiles.shape[2], -1)
     attend = segment.attend if segment.many_rows or tiles.shape[2] <= ROWS else partial(_by_sixteen, segment.attend)
     out, logsum = attend(tiles, keys, values, mask, scale)
@@ -178,9 +181,13 @@ def _by_sixteen(
     return out.transpose(0, 1).reshape(tiles.shape), logsum.transpose(0, 1).reshape(1, groups, rows)
 
 
-def _gather(cache: Tensor, visit: Visit) -> Tensor:
+def _gather(cache: Tensor, visit: Visit, dtype: torch.dtype) -> Tensor:
     groups, size = cache.shape[2:]
-    rows = cache.view(-1, groups * size).index_select(0, visit.slots)
+    rows = cache.view(-1, groups * size)
+    if cache.dtype == FLOAT8:
+        rows = from_float8(rows.view(torch.uint8).index_select(0, visit.slots).view(FLOAT8), dtype)
+    else:
+        rows = rows.index_select(0, visit.slots)
     return rows.view(-1, visit.keys, groups, size).transpose(1, 2)
 
 

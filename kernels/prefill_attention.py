@@ -22,6 +22,7 @@ from kernels.attention_state import (
     attention_reference,
     check_attention,
     in_powers_of_two,
+    launched_as,
     merge_state,
     segment_state,
 )
@@ -32,7 +33,7 @@ from kernels.shape import check_shape
 
 def prefill_attention(
     query: Tensor,  # [T, H, D]  the tokens of the first sequence, of the second, …
-    key_cache: Tensor,  # [N, P, G, D]  same dtype
+    key_cache: Tensor,  # [N, P, G, D]  same dtype, or float8
     value_cache: Tensor,  # [N, P, G, D]
     block_table: Tensor,  # [S, M] int32  block ids; entries beyond the context are never read
     starts: Tensor,  # [S + 1] int32  sequence s has the tokens starts[s] … starts[s + 1] − 1; none is allowed
@@ -70,7 +71,7 @@ def prefill_attention_triton(
     (tokens, heads, size), (_, page, groups, _) = query.shape, key_cache.shape
     sequences, width = block_table.shape
     out, (exponent, soft_cap) = torch.empty_like(query), in_powers_of_two(scale, variant)
-    launch = launch_for("prefill_attention", size, device_of(query))
+    launch = launch_for(launched_as("prefill_attention", key_cache), size, device_of(query))
     if out.numel() == 0:
         return out
     tiles = tokens // (launch.block_m // (heads // groups)) + sequences

@@ -1,8 +1,9 @@
 """Rotary positions, and keys and values stored into their slots of the paged cache.
 
-Numeric contract: elementwise in float32, rounded once; a token's bits depend on it and its position alone. On a GPU the
-norm of each head's query and key (Qwen3), the rotation and the store are one launch, `rope_store`: a program takes one
-token and eight heads, and rounds wherever the functions one after another would.
+Numeric contract: elementwise in float32, rounded once; a token's bits depend on it and its position alone. A cache may
+hold float8, see float8.py: what it would hold in the model's dtype is then rounded once more. On a GPU the norm of each
+head's query and key (Qwen3), the rotation and the store are one launch, `rope_store`: a program takes one token and
+eight heads, and rounds wherever the functions one after another would.
 Source: Su et al., 2021 (RoPE, in the half-rotated layout of Hugging Face); Kwon et al., 2023 (slots).
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.float8 import FLOAT8, check_caches, stored, to_float8
 from kernels.jit import INTERPRETED, Pointer, jit, narrow, tl
 from kernels.launch import device_of, launch_for, power_of_two
 from kernels.rms_norm import rms_norm
@@ -42,22 +44,26 @@ def rope(
 def store_kv(
     key: Tensor,  # [T, G, D]
     value: Tensor,  # [T, G, D]
-    key_cache: Tensor,  # [N, P, G, D]  changed in place
+    key_cache: Tensor,  # [N, P, G, D]  changed in place; same dtype, or float8
     value_cache: Tensor,  # [N, P, G, D]
     slots: Tensor,  # [T] int64  block · P + offset; no slot twice
 ) -> None:
     """Write each token's key and value into its slot.
 
     Raises:
-        ShapeError: the shapes disagree.
+        ShapeError: the shapes or the dtypes disagree.
     """
     check_shape("value", value, *key.shape)
     check_shape("slots", slots, key.shape[0])
     check_shape("value_cache", value_cache, *key_cache.shape)
     if key_cache.shape[2:] != key.shape[1:]:
         raise ShapeError(f"`key_cache` {list(key_cache.shape)} does not hold heads {list(key.shape[1:])}")
-    key_cache.view(-1, *key.shape[1:])[slots] = key
-    value_cache.view(-1, *value.shape[1:])[slots] = value
+    check_caches(key.dtype, key_cache, value_cache)
+    for cache, given in ((key_cache, key), (value_cache, value)):
+        rows, written = cache.view(-1, *key.shape[1:]), given
+        if cache.dtype == FLOAT8:  # bytes go everywhere that numbers of eight bits do not
+            rows, written = rows.view(torch.uint8), to_float8(given).view(torch.uint8)
+        rows[slots] = written
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +82,13 @@ def rope_store(
     sin: Tensor,  # [L, D/2] float32
     positions: Tensor,  # [T] int64, < L
     slots: Tensor,  # [T] int64  block · P + offset; no slot twice
-    key_cache: Tensor,  # [N, P, G, D]  changed in place
+    key_cache: Tensor,  # [N, P, G, D]  changed in place; same dtype, or float8
     value_cache: Tensor,  # [N, P, G, D]
 ) -> Tensor:  # [T, H, D]
     """Return the query, normed and rotated; the key, treated alike, and the value go into their slots.
 
     Raises:
-        ShapeError: the shapes disagree.
+        ShapeError: the shapes or the dtypes disagree.
 
     Cost: one pass over `qkv`; bound by memory bandwidth.
     """
@@ -98,6 +104,7 @@ def rope_store(
     if norm is not None:
         check_shape("norm.query", norm.query, size)
         check_shape("norm.key", norm.key, size)
+    check_caches(qkv.dtype, key_cache, value_cache)
     if qkv.is_cuda:
         return rope_store_triton(qkv, norm, cos, sin, positions, slots, key_cache, value_cache)
     query, key, value = torch.split(qkv.view(tokens, -1, size), [heads, groups, groups], dim=1)
@@ -179,6 +186,7 @@ def _rope_store_kernel(
     inside = (head < HEADS + 2 * GROUPS) & (pair < HALF)
     of_query, of_value = head < HEADS, head >= HEADS + GROUPS
     dtype: tl.constexpr = query.dtype.element_ty
+    of_cache: tl.constexpr = key_cache.dtype.element_ty
 
     read = qkv + (token * (HEADS + 2 * GROUPS) + head) * 2 * HALF + pair
     first = tl.load(read, mask=inside, other=0.0).to(tl.float32)
@@ -207,11 +215,11 @@ def _rope_store_kernel(
     slot = tl.load(slots + token).to(tl.int64)
     write = key_cache + (slot * GROUPS + head - HEADS) * 2 * HALF + pair
     of_key = inside & (head >= HEADS) & (head < HEADS + GROUPS)
-    tl.store(write, turned_first, mask=of_key)
-    tl.store(write + HALF, turned_second, mask=of_key)
+    tl.store(write, stored(turned_first, of_cache, PLAIN), mask=of_key)
+    tl.store(write + HALF, stored(turned_second, of_cache, PLAIN), mask=of_key)
     write = value_cache + (slot * GROUPS + head - HEADS - GROUPS) * 2 * HALF + pair
-    tl.store(write, narrow(value_first, dtype, PLAIN), mask=inside & of_value)
-    tl.store(write + HALF, narrow(value_second, dtype, PLAIN), mask=inside & of_value)
+    tl.store(write, stored(narrow(value_first, dtype, PLAIN), of_cache, PLAIN), mask=inside & of_value)
+    tl.store(write + HALF, stored(narrow(value_second, dtype, PLAIN), of_cache, PLAIN), mask=inside & of_value)
 
 
 def rope_reference(x: Tensor, positions: Tensor, inverse_frequencies: Tensor) -> Tensor:

@@ -51,9 +51,12 @@ ATTENTION = {
     "decode_attention": _decode_kernel,
     "merge_attention": _merge_kernel,
     "prefill_attention": _prefill_kernel,
+    "decode_attention_float8": _decode_kernel,
+    "prefill_attention_float8": _prefill_kernel,
 }
 VARIANT_TYPES = {"window": "i32", "soft_cap": "fp32", "sinks": "*fp32"}
 VARIANTS = ((), ("soft_cap",), ("window", "sinks"), tuple(VARIANT_TYPES))
+FLOAT8 = "*fp8e4nv"  # of a cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,8 @@ def _ropes() -> Iterator[Case]:
         yield Case("rope_store", size, f"{size}", _rope_store_kernel, types, constants)
         types = types | {"query_norm": "*bf16", "key_norm": "*bf16"}
         yield Case("rope_store", size, f"{size} normed", _rope_store_kernel, types, constants)
+        types = types | dict.fromkeys(("key_cache", "value_cache"), FLOAT8)
+        yield Case("rope_store", size, f"{size} normed {FLOAT8}", _rope_store_kernel, types, constants)
 
 
 def _gates() -> Iterator[Case]:
@@ -124,18 +129,19 @@ def _gates() -> Iterator[Case]:
 
 def _attentions() -> Iterator[Case]:
     layouts = ((64, 7, "*bf16"), (80, 1, "*bf16"), (96, 3, "*fp16"), (128, 4, "*bf16"), (256, 2, "*bf16"))
-    for (size, ratio, dtype), operation in product(layouts, ATTENTION):
+    for (size, ratio, dtype), (operation, kernel) in product(layouts, ATTENTION.items()):
+        of_cache = FLOAT8 if operation.endswith("float8") else dtype
         launch = launch_for(operation, size, DEVICE)
         constants = {"GROUPS": 8, "RATIO": ratio, "SIZE": size, "BLOCK_D": power_of_two(size), "SEGMENT": SEGMENT}
         constants |= {"PAGE": 16, "TILE": TILE, "PLAIN": False, "BLOCK_R": power_of_two(ratio, least=1)}
         constants |= {"BLOCK_M": launch.block_m, "BLOCK_V": min(power_of_two(size), launch.block_n)}
-        types = dict.fromkeys(("query", "key_cache", "value_cache", "out"), dtype)
+        types = dict.fromkeys(("query", "out"), dtype) | dict.fromkeys(("key_cache", "value_cache"), of_cache)
         types |= dict.fromkeys(("block_table", "starts", "context_len"), "*i32") | {"states": "*fp32", "scale": "fp32"}
         types |= dict.fromkeys(("sequences", "table_width", "segments"), "i32")
-        for names in VARIANTS:
+        for names in VARIANTS if of_cache == dtype else VARIANTS[::3]:
             given = types | {name: VARIANT_TYPES[name] for name in names}
             label = " ".join((f"{size} × {ratio} {dtype}", *names))
-            yield _case(operation, size, label, ATTENTION[operation], given, constants)
+            yield _case(operation, size, label, kernel, given, constants)
 
 
 def _case(

@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 from kernels.attention_state import FULL, AttentionVariant
 from kernels.decode_attention import decode_attention_triton
 from kernels.experts import combine_triton
+from kernels.float8 import FLOAT8
 from kernels.gemm import gemm, gemm_silu_mul
 from kernels.grouped import group_rows, grouped_product_triton
 from kernels.jit import INTERPRETED
@@ -84,7 +85,8 @@ def elementwise() -> None:
     cache = torch.zeros(2, 16, 1, 20).bfloat16()
     angle, at = torch.zeros(9, 10), torch.zeros(3, dtype=torch.long)
     for norm in (None, HeadNorm(weight[:20], weight[:20], 1e-6)):
-        rope_store_triton(x, norm, angle, angle, at, at, cache, cache)
+        for of_cache in (cache, cache.to(FLOAT8)):
+            rope_store_triton(x, norm, angle, angle, at, at, of_cache, of_cache)
 
 
 def attention() -> None:
@@ -93,8 +95,9 @@ def attention() -> None:
     starts = torch.arange(4, dtype=torch.int32)
     sinks = torch.zeros(4)
     for variant in (FULL, AttentionVariant(window=1), AttentionVariant(window=32, soft_cap=30.0, sinks=sinks)):
-        decode_attention_triton(query, cache, cache, table, lengths, 0.1, variant)
-        prefill_attention_triton(query, cache, cache, table, starts, lengths, 0.1, variant)
+        for of_cache in (cache, cache.to(FLOAT8)):
+            decode_attention_triton(query, of_cache, of_cache, table, lengths, 0.1, variant)
+            prefill_attention_triton(query, of_cache, of_cache, table, starts, lengths, 0.1, variant)
 
 
 def products() -> None:

@@ -19,7 +19,7 @@ class Guarded:
 
     @property
     def untouched(self) -> bool:
-        return bool(self.buffer[:MARGIN].isnan().all() and self.buffer[-MARGIN:].isnan().all())
+        return all(bool(margin.float().isnan().all()) for margin in (self.buffer[:MARGIN], self.buffer[-MARGIN:]))
 
 
 def guarded(tensor: Tensor) -> Guarded:

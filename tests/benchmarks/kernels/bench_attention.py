@@ -4,7 +4,7 @@
 
 Decode is held against the copy: the keys and values of every context, read once. Prefill is held against the matrix
 product: the operations of what a causal row sees. torch's attention is given keys that lie one after another, without a
-block table, and so does a little less.
+block table, and so does a little less. A cache of float8 is held against the bytes that it has, half as many.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels.attention_state import FULL
 from kernels.decode_attention import decode_attention_triton
+from kernels.float8 import to_float8
 from kernels.prefill_attention import prefill_attention_triton
 from tests.benchmarks.kernels.ceilings import Ceilings, measure, seconds_of
 
@@ -33,6 +34,15 @@ class Cache:
     values: Tensor
     table: Tensor  # [sequences, context / PAGE], in any order
     lengths: Tensor  # [sequences]
+
+    @property
+    def bytes_read(self) -> int:
+        """Of keys and values, each once; every context is as long as the first."""
+        return 2 * self.keys.element_size() * self.table.numel() * PAGE * GROUPS * SIZE
+
+    @property
+    def narrowed(self) -> Cache:
+        return Cache(to_float8(self.keys), to_float8(self.values), self.table, self.lengths)
 
     def in_order(self, cache: Tensor) -> Tensor:
         """Return [sequences, GROUPS, context, SIZE], as torch takes it."""
@@ -51,24 +61,40 @@ def decode(sequences: int, context: int, ceilings: Ceilings) -> None:
     cache = draw(sequences, context)
     query = torch.randn(sequences, HEADS, SIZE, device=DEVICE).bfloat16()
     keys, values = cache.in_order(cache.keys), cache.in_order(cache.values)
-    paged = (query, cache.keys, cache.values, cache.table, cache.lengths, SCALE, FULL)
-    moved = 2 * 2 * sequences * context * GROUPS * SIZE + 2 * 2 * query.numel()
-    for name, call in (
-        ("ours", lambda: decode_attention_triton(*paged)),
-        ("torch", lambda: F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)),
+    narrow, queries = cache.narrowed, 2 * 2 * query.numel()
+
+    def ours(cache: Cache) -> Tensor:
+        paged = (query, cache.keys, cache.values, cache.table, cache.lengths, SCALE, FULL)
+        return decode_attention_triton(*paged)
+
+    for name, call, read in (
+        ("ours", lambda: ours(cache), cache.bytes_read),
+        ("ours, float8", lambda: ours(narrow), narrow.bytes_read),
+        (
+            "torch",
+            lambda: F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True),
+            cache.bytes_read,
+        ),
     ):
-        print(ceilings.line(f"decode {sequences} × {context}: {name}", seconds_of(call), moved))
+        print(ceilings.line(f"decode {sequences} × {context}: {name}", seconds_of(call), read + queries))
 
 
 def prefill(sequences: int, tokens: int, context: int, ceilings: Ceilings) -> None:
     cache = draw(sequences, context)
     query = torch.randn(sequences * tokens, HEADS, SIZE, device=DEVICE).bfloat16()
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=DEVICE) * tokens
-    paged = (query, cache.keys, cache.values, cache.table, starts, cache.lengths, SCALE, FULL)
+    narrow = cache.narrowed
+
+    def ours(cache: Cache) -> Tensor:
+        paged = (query, cache.keys, cache.values, cache.table, starts, cache.lengths, SCALE, FULL)
+        return prefill_attention_triton(*paged)
+
     seen = sequences * (tokens * (context - tokens) + tokens * (tokens + 1) // 2)  # pairs of a row and a key
-    moved = 2 * 2 * sequences * context * GROUPS * SIZE + 2 * 2 * query.numel()
+    moved = cache.bytes_read + 2 * 2 * query.numel()
     name, operations = f"prefill {sequences} × {tokens} of {context}", 4 * seen * HEADS * SIZE
-    print(ceilings.line(f"{name}: ours", seconds_of(lambda: prefill_attention_triton(*paged)), moved, operations))
+    print(ceilings.line(f"{name}: ours", seconds_of(lambda: ours(cache)), moved, operations))
+    read = narrow.bytes_read + 2 * 2 * query.numel()
+    print(ceilings.line(f"{name}: ours, float8", seconds_of(lambda: ours(narrow)), read, operations))
     if tokens < context:
         return  # torch's causal mask begins at the first key
     rows = query.view(sequences, tokens, HEADS, SIZE).transpose(1, 2).contiguous()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.float8 import to_float8
 from kernels.rope_store import HeadNorm, rope, rope_store_triton, store_kv
 from tests.benchmarks.kernels.ceilings import Ceilings, measure, seconds_of
 
@@ -44,14 +45,16 @@ def compare(tokens: int, ceilings: Ceilings) -> None:
     slots = torch.randperm(PAGE * BLOCKS, device=DEVICE)[:tokens]
     keys, values = (torch.zeros(BLOCKS, PAGE, GROUPS, SIZE, device=DEVICE).bfloat16() for _ in "kv")
     compiled = torch.compile(by_torch)
-    given = (qkv, norm, cos, sin, positions, slots, keys, values)
+    narrow = [to_float8(cache) for cache in (keys, values)]
+    given = (qkv, norm, cos, sin, positions, slots)
     moved = 2 * 2 * qkv.numel() + 4 * tokens * SIZE + 16 * tokens
-    for name, call in (
-        ("ours", lambda: rope_store_triton(*given)),
-        ("torch", lambda: by_torch(*given)),
-        ("torch compiled", lambda: compiled(*given)),
+    for name, call, saved in (
+        ("ours", lambda: rope_store_triton(*given, keys, values), 0),
+        ("ours, float8", lambda: rope_store_triton(*given, *narrow), 2 * tokens * GROUPS * SIZE),
+        ("torch", lambda: by_torch(*given, keys, values), 0),
+        ("torch compiled", lambda: compiled(*given, keys, values), 0),
     ):
-        print(ceilings.line(f"{tokens} tokens: {name}", seconds_of(call), moved))
+        print(ceilings.line(f"{tokens} tokens: {name}", seconds_of(call), moved - saved))
 
 
 def main() -> None:

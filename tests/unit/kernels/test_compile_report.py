@@ -36,7 +36,7 @@ def test_no_kernel_spills_or_takes_more_than_there_is(report: list[dict[str, Any
 
 
 def test_prefill_reaches_the_matrix_units_of_a_warp_group(report: list[dict[str, Any]]) -> None:
-    prefill = [used for used in report if used["operation"] == "prefill_attention"]
+    prefill = [used for used in report if used["operation"].startswith("prefill_attention")]
     assert len(prefill) > 5
     assert [used for used in prefill if not used["wgmma"]] == []
 
