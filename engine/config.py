@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MAX_ADAPTERS = 64
+KV_CACHE_DTYPES = ("bfloat16", "fp8_e4m3")
 
 # EngineStartError        catch this: the engine does not start; the message says what to do
 # ├── ConfigError         a value of EngineConfig
@@ -31,6 +32,7 @@ class EngineConfig:
     model: Path  # a directory in the Hugging Face layout
     threads: int | None = None  # CPU threads, ≥ 1; None: torch decides
     kv_cache_mib: int = 256  # ≥ 1; memory for keys and values
+    kv_cache_dtype: str = "bfloat16"  # one of KV_CACHE_DTYPES; each is a numeric policy of its own
     max_sequences: int = 64  # sequences in one step, ≥ 1
     max_tokens_per_step: int = 512  # ≥ max_sequences
     max_waiting: int = 256  # sequences that may wait, ≥ 0
@@ -43,6 +45,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         least = {"kv_cache_mib": 1, "max_sequences": 1, "max_tokens_per_step": 1, "max_waiting": 0, "trial_rows": 0}
         wrong = [f"`{name}` must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            wrong.append(f"`kv_cache_dtype` must be {' or '.join(f'`{name}`' for name in KV_CACHE_DTYPES)}")
         if self.threads is not None and self.threads < 1:
             wrong.append("`threads` must be at least 1")
         if self.max_per_key is not None and self.max_per_key < 1:

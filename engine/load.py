@@ -15,7 +15,7 @@ from engine.model_loading import load_model
 from engine.model_runner import ModelRunner, blocks_in, verify_adapters
 from engine.models.decoder import DecoderConfig
 from engine.models.model import ModelShape
-from engine.numeric_policy import digest
+from engine.numeric_policy import digest, with_kv_cache
 from engine.reading import Progress, silently
 from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, Report, RuntimeTimes
@@ -41,7 +41,12 @@ def load_engine(config: EngineConfig, report: Report | None = None, progress: Pr
     adapters = {name: one.adapter for name, one in adapted.items()}
     verify_adapters(adapters.values())
     core = EngineCore(
-        ModelRunner(loaded.model, blocks_in(config.kv_cache_mib, shape), adapters),
+        ModelRunner(
+            loaded.model,
+            blocks_in(config.kv_cache_mib, shape, config.kv_cache_dtype),
+            adapters,
+            config.kv_cache_dtype,
+        ),
         EngineLimits(
             context_length=min(config.context_length or shape.max_position_embeddings, shape.max_position_embeddings),
             vocabulary_size=shape.vocab_size,
@@ -60,7 +65,7 @@ def load_engine(config: EngineConfig, report: Report | None = None, progress: Pr
         core,
         tokenizer,
         version,
-        digest(loaded.policy),
+        digest(with_kv_cache(loaded.policy, config.kv_cache_dtype)),
         adapted=[one.version for one in adapted.values()],
         grammars=Grammars.of(tokenizer.json, shape.vocab_size, tokenizer.eos_ids),
         report=report,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.config import EngineStartError
+from engine.config import KV_CACHE_DTYPES, EngineStartError
 from engine.logprobs import log_softmax, token_logprob
 from engine.models.decoder import Adapted, Adapter, DecoderConfig, KVCache, StepInputs
 from engine.models.model import Model, ModelShape
@@ -25,6 +25,7 @@ from engine.request import TokenLogprob
 from engine.sampler import sample
 from kernels import paged_attention
 from kernels.attention_plan import AttentionPlan, plan_attention
+from kernels.float8 import FLOAT8
 from kernels.linear import TILE_M, Linear, Pack, keep, linear, linear_fixed_tiles, verify_invariance
 from kernels.packed_linear import (
     pack_for_any,
@@ -36,7 +37,7 @@ from kernels.packed_linear import (
 )
 from kernels.paged_attention import SEGMENTS
 
-BYTES_PER_VALUE = 2  # bfloat16
+CACHED_AS = dict(zip(KV_CACHE_DTYPES, (torch.bfloat16, FLOAT8), strict=True))  # by the name of the setting
 
 
 class InvarianceUnavailable(EngineStartError):
@@ -148,14 +149,20 @@ class LinearAsMet:
 class ModelRunner:
     """`plan.Runner` on a model. One thread at a time."""
 
-    def __init__(self, model: Model, block_count: int, adapters: Mapping[str, Adapter] | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        block_count: int,
+        adapters: Mapping[str, Adapter] | None = None,
+        kv_cache_dtype: str = "bfloat16",  # a name of CACHED_AS
+    ) -> None:
         config = model.config
         shape = (block_count + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
         self._model = model
         self._adapters = adapters or {}
         self._block_count = block_count
         self.caches = [
-            KVCache(torch.zeros(shape, dtype=torch.bfloat16), torch.zeros(shape, dtype=torch.bfloat16))
+            KVCache(*(torch.zeros(shape, dtype=CACHED_AS[kv_cache_dtype]) for _ in "kv"))
             for _ in range(config.num_hidden_layers)
         ]
 
@@ -249,7 +256,7 @@ def _draw(row: RowPlan, draw: Draw, scores: npt.NDArray[np.float32], logprobs: T
     return token_logprob(logprobs[index], token, params.top_logprobs if params.logprobs else 0)
 
 
-def blocks_in(mebibytes: int, config: ModelShape) -> int:
+def blocks_in(mebibytes: int, config: ModelShape, kv_cache_dtype: str = "bfloat16") -> int:
     """Return how many KV blocks of all layers fit into that much memory, at least one."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BYTES_PER_VALUE
-    return max(1, (mebibytes << 20) // (per_token * BLOCK_SIZE))
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return max(1, (mebibytes << 20) // (per_token * CACHED_AS[kv_cache_dtype].itemsize * BLOCK_SIZE))

@@ -55,6 +55,11 @@ def numeric_policy(
     }
 
 
+def with_kv_cache(policy: Mapping[str, object], dtype: str) -> dict[str, object]:
+    """Return the policy of an engine that keeps keys and values in `dtype`, by the name of the setting."""
+    return {**policy, "kv_cache": dtype}
+
+
 def digest(policy: Mapping[str, object]) -> str:
     canonical = json.dumps(policy, sort_keys=True, separators=(",", ":")).encode()
     return "sha256:" + hashlib.sha256(canonical).hexdigest()

@@ -105,6 +105,7 @@ def load_model(settings: Settings) -> Engine:
             model=settings.model.path or model_directory(),
             threads=chosen.threads,
             kv_cache_mib=chosen.kv_cache_mib,
+            kv_cache_dtype=chosen.kv_cache_dtype,
             max_sequences=chosen.max_sequences,
             max_tokens_per_step=chosen.max_tokens_per_step,
             max_waiting=chosen.max_waiting,

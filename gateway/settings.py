@@ -68,6 +68,7 @@ _ORIGIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?:/[a-z0-9][a-z0-9
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _WEIGHT = re.compile(r"[^=\s]{1,128}=(?:[1-9][0-9]{0,2}|1000)")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}=[^\0]+", re.DOTALL)
+_KV_CACHE_DTYPES = ("bfloat16", "fp8_e4m3")
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
 
 
@@ -162,6 +163,11 @@ class EngineSettings:
         None, integer_kind(1, 1024), "threads of the CPU for tensors; without it, torch decides"
     )
     kv_cache_mib: int = setting(256, integer_kind(1, 1_048_576, "MiB"), "memory for keys and values of all sequences")
+    kv_cache_dtype: str = setting(
+        "bfloat16",
+        text_kind("`bfloat16` or `fp8_e4m3`", _KV_CACHE_DTYPES.__contains__),
+        "how keys and values are kept; `fp8_e4m3` takes half the memory and rounds them: another numeric policy",
+    )
     max_sequences: int = setting(64, integer_kind(1, 4096), "sequences in one step")
     max_tokens_per_step: int = setting(512, integer_kind(16, 131_072, "tokens"), "token budget of one step")
     max_waiting: int = setting(

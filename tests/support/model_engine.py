@@ -11,7 +11,7 @@ import torch
 
 from engine import model_loading as load
 from engine.core import EngineCore
-from engine.model_runner import ModelRunner
+from engine.model_runner import CACHED_AS, ModelRunner
 from engine.models.decoder import Adapted, Adapter, KVCache
 from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, RowPlan
@@ -43,11 +43,12 @@ def model_core(
     blocks: int = 256,
     adapters: Mapping[str, Adapter] | None = None,
     runner: ModelRunner | None = None,
+    kv_cache_dtype: str = "bfloat16",
     **limits: int,
 ) -> EngineCore:
     values = {"vocabulary_size": model.config.vocab_size, "context_length": model.config.max_position_embeddings}
     return EngineCore(
-        runner or ModelRunner(model.decoder, blocks, adapters),
+        runner or ModelRunner(model.decoder, blocks, adapters, kv_cache_dtype),
         make_limits(**(values | {"token_budget": MOST_ROWS, "chunk_tokens": MOST_ROWS} | limits)),
         eos_ids=frozenset({EOS}),
         detokenizer_for=detokenizer_for,
@@ -57,7 +58,9 @@ def model_core(
 
 
 @torch.inference_mode()
-def logits_of(model: LoadedModel, prompts: list[list[int]], adapter: Adapter | None = None) -> list[torch.Tensor]:
+def logits_of(
+    model: LoadedModel, prompts: list[list[int]], adapter: Adapter | None = None, kv_cache_dtype: str = "bfloat16"
+) -> list[torch.Tensor]:
     """Return the logits at every position of prompts computed in one step, each [T, V] float32."""
     rows, first = [], 0
     for prompt in prompts:
@@ -66,17 +69,18 @@ def logits_of(model: LoadedModel, prompts: list[list[int]], adapter: Adapter | N
     inputs = ModelRunner(model.decoder, first).inputs(rows)
     if adapter is not None:
         inputs = replace(inputs, adapted=(Adapted(adapter, None),))
-    logits = model.decoder.logits(model.decoder.hidden(inputs, _caches(model.config, first)))
+    caches = _caches(model.config, first, CACHED_AS[kv_cache_dtype])
+    logits = model.decoder.logits(model.decoder.hidden(inputs, caches))
     return list(torch.split(logits, [len(prompt) for prompt in prompts]))
 
 
-def _caches(config: ModelShape, blocks: int) -> list[KVCache]:
+def _caches(config: ModelShape, blocks: int, dtype: torch.dtype) -> list[KVCache]:
     """Return caches full of NaN, the zero block aside: what is read without having been written shows."""
     shape = (blocks + 1, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
-    return [KVCache(_poisoned(shape), _poisoned(shape)) for _ in range(config.num_hidden_layers)]
+    return [KVCache(_poisoned(shape, dtype), _poisoned(shape, dtype)) for _ in range(config.num_hidden_layers)]
 
 
-def _poisoned(shape: tuple[int, ...]) -> torch.Tensor:
-    cache = torch.full(shape, torch.nan, dtype=torch.bfloat16)
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    cache = torch.full(shape, torch.nan, dtype=dtype)
     cache[-1] = 0
     return cache

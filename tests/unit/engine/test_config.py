@@ -19,6 +19,8 @@ def test_the_defaults_hold() -> None:
     [
         ("threads", 0),
         ("kv_cache_mib", 0),
+        ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dtype", ""),
         ("max_sequences", 0),
         ("max_tokens_per_step", 63),
         ("max_waiting", -1),

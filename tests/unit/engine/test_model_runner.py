@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.config import KV_CACHE_DTYPES
 from engine.model_runner import (
     LINEARS,
     PACKED,
@@ -87,9 +88,19 @@ def test_as_many_blocks_are_made_as_fit_the_memory(model: LoadedModel) -> None:
     config = model.config
     per_block = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * BLOCK_SIZE
     assert blocks_in(1, config) == 2**20 // per_block
+    assert blocks_in(1, config, "fp8_e4m3") == 2 * (2**20 // per_block)
     runner = ModelRunner(model.decoder, 5)
     assert runner.block_count == 5
     assert {cache.key.shape[0] for cache in runner.caches} == {6}
+
+
+def test_as_many_bytes_are_taken_as_were_counted(model: LoadedModel) -> None:
+    for dtype in KV_CACHE_DTYPES:
+        blocks = blocks_in(1, model.config, dtype)
+        runner = ModelRunner(model.decoder, blocks, kv_cache_dtype=dtype)
+        taken = sum(cache.key.nbytes + cache.value.nbytes for cache in runner.caches)
+        assert taken * blocks // (blocks + 1) <= 1 << 20  # one block more holds zeros for ever
+        assert taken > 1 << 20
 
 
 def test_each_shape_of_the_model_has_a_product(model: LoadedModel) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine.numeric_policy import digest, numeric_policy
+from engine.config import KV_CACHE_DTYPES
+from engine.numeric_policy import digest, numeric_policy, with_kv_cache
 
 ROOT = Path(__file__).parents[3]
 LINEARS = {(64, 64): "library", (64, 688): "fixed_tiles"}
@@ -24,6 +25,11 @@ def test_everything_that_was_chosen_is_in_it() -> None:
     assert digest(base) == digest(numeric_policy(dict(reversed(LINEARS.items())), "fused"))
     others = [numeric_policy(LINEARS, "tiled"), numeric_policy({**LINEARS, (64, 64): "fixed_tiles"}, "fused")]
     assert len({digest(policy) for policy in (base, *others)}) == 3
+
+
+def test_how_keys_and_values_are_kept_is_in_it() -> None:
+    base = numeric_policy(LINEARS, "fused")
+    assert len({digest(base), *(digest(with_kv_cache(base, dtype)) for dtype in KV_CACHE_DTYPES)}) == 3
 
 
 def test_the_number_of_threads_is_in_it() -> None:
