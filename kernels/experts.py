@@ -3,7 +3,7 @@
     out = Σ over choices c, in order, of weight[c] · down_e(silu(gate_e(x)) · up_e(x)),   e = chosen[c]
 
 Three launches on a GPU: the gated products of all pairs of token and choice, expert by expert; the products back, in
-the pairs' own places; the sum of each token's. Knows nothing of how experts are chosen.
+the pairs' own places; the sum of each token's. Knows nothing of how experts are chosen: route.py does.
 
 Numeric contract: a token's bits depend on it, its choices in their order and the weights alone. Nothing is added by
 whichever program comes first: a pair's output has a place of its own, rounded to the dtype, and a token's are added in

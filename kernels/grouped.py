@@ -37,11 +37,54 @@ class Groups:
         return self.starts.shape[0] - 1
 
 
-def group_rows(group_of: Tensor, count: int) -> Groups:
-    """Return the groups of rows [P] int64, 0 … `count` − 1 each, or `count`: of none. Within a group rows ascend."""
+def group_rows(
+    group_of: Tensor,  # [P] int64, 0 … `count` − 1 each, or `count`: of none
+    count: int,  # G
+) -> Groups:
+    """Return the groups of rows. Within a group rows ascend; those of none come last.
+
+    Cost: G + 1 programs, each of which reads `group_of` twice.
+    """
+    if group_of.is_cuda:
+        return group_rows_triton(group_of, count)
     ordered, order = torch.sort(group_of, stable=True)
     bounds = torch.arange(count + 1, dtype=group_of.dtype, device=group_of.device)
     return Groups(order, torch.searchsorted(ordered, bounds, out_int32=True))
+
+
+def group_rows_triton(group_of: Tensor, count: int) -> Groups:
+    """Return `group_rows` by the kernel."""
+    order = torch.empty_like(group_of, memory_format=torch.contiguous_format)
+    starts = torch.empty(count + 1, dtype=torch.int32, device=group_of.device)
+    launch = launch_for("grouped", count, device_of(group_of))
+    rows = group_of.shape[0]
+    _group_kernel[(count + 1,)](group_of.contiguous(), order, starts, rows, BLOCK=launch.block_n, **launch.options)
+    return Groups(order, starts)
+
+
+@jit
+def _group_kernel(
+    group_of: Pointer,  # [rows] int64
+    order: Pointer,  # [rows] int64
+    starts: Pointer,  # [programs] int32
+    rows: int,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Find where a group begins, by counting what belongs to those before it; then write its rows from there on."""
+    group = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK)
+    before = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, rows, BLOCK):
+        of = tl.load(group_of + first + place, mask=first + place < rows, other=group)
+        before += (of < group).to(tl.int32)
+    start = tl.sum(before, axis=0)
+    tl.store(starts + group, start)
+    for first in range(0, rows, BLOCK):
+        inside = first + place < rows
+        own = (tl.load(group_of + first + place, mask=inside, other=0) == group) & inside
+        found = own.to(tl.int32)
+        tl.store(order + start + tl.cumsum(found, axis=0) - 1, (first + place).to(tl.int64), mask=own)
+        start += tl.sum(found, axis=0)
 
 
 def grouped_product(

@@ -34,7 +34,7 @@ from kernels.attention_state import SEGMENT, TILE
 from kernels.decode_attention import _decode_kernel, _merge_kernel
 from kernels.experts import _combine_kernel
 from kernels.gemm import _gemm_kernel, columns_of, step_of
-from kernels.grouped import _grouped_kernel
+from kernels.grouped import _group_kernel, _grouped_kernel
 from kernels.jit import INTERPRETED
 from kernels.launch import Launch, launch_for, power_of_two
 from kernels.logprobs import _part_kernel, _whole_kernel
@@ -42,6 +42,7 @@ from kernels.prefill_attention import _prefill_kernel
 from kernels.prepare import _advance_kernel, _prepare_kernel
 from kernels.rms_norm import _rms_norm_kernel
 from kernels.rope_store import _rope_store_kernel
+from kernels.route import _route_kernel
 from kernels.sample import PART, _best_kernel, _cut_kernel, _draw_kernel
 from kernels.silu_mul import _silu_mul_kernel
 
@@ -222,6 +223,14 @@ def _groups() -> Iterator[Case]:
         constants = {"CHOICES": 8 if mode == "silu" else 1, "SILU": mode == "silu", "ADD": mode == "add"}
         constants |= {"COUNT": count, "GROUPS": power_of_two(count), "WIDTH": width, "DEPTH": depth, **blocks}
         yield Case("gemm", rows, f"{rows} of {count} × {width} × {depth} {mode}", _grouped_kernel, types, constants)
+    for count, choices in ((8, 2), (128, 8), (1024, 32)):
+        blocks = {"BLOCK": power_of_two(count), "CHOICE_BLOCK": power_of_two(choices)}
+        constants = {"COUNT": count, "CHOICES": choices, "OVER_CHOSEN": count == 8, **blocks}
+        types = {"scores": "*bf16", "chosen": "*i64", "weights": "*fp32"}
+        yield Case("route", count, f"{choices} of {count}", _route_kernel, types, constants)
+    constants = {"BLOCK": launch_for("grouped", 128, DEVICE).block_n}
+    types = {"group_of": "*i64", "order": "*i64", "starts": "*i32", "rows": "i32"}
+    yield Case("grouped", 128, "rows by group", _group_kernel, types, constants)
     types = {"outputs": "*bf16", "weights": "*fp32", "out": "*bf16"}
     constants = {"CHOICES": 8, "WIDTH": 4096, "BLOCK": launch_for("experts", 4096, DEVICE).block_n, "PLAIN": False}
     yield Case("experts", 4096, "combine", _combine_kernel, types, constants)

@@ -22,7 +22,7 @@ from kernels.decode_attention import decode_attention_triton
 from kernels.experts import combine_triton
 from kernels.float8 import FLOAT8
 from kernels.gemm import gemm, gemm_silu_mul
-from kernels.grouped import group_rows, grouped_product_triton
+from kernels.grouped import group_rows, group_rows_triton, grouped_product_triton
 from kernels.jit import INTERPRETED
 from kernels.logprobs import logprobs_triton
 from kernels.low_rank import LowRankStack, add_low_rank_batch_triton
@@ -30,6 +30,7 @@ from kernels.prefill_attention import prefill_attention_triton
 from kernels.prepare import SequenceTables, Step, advance_triton, prepare_triton
 from kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from kernels.rope_store import HeadNorm, rope_store_triton
+from kernels.route import route_triton
 from kernels.sample import Bias, Cuts, Penalties, SamplingTables, sample_triton
 from kernels.silu_mul import silu_mul_triton
 
@@ -110,6 +111,10 @@ def products() -> None:
     grouped_product_triton(x, weight.repeat(2, 1, 1), groups, torch.zeros(3, 24).bfloat16(), silu=True)
     stack = LowRankStack(torch.zeros(2, 4, 80).bfloat16(), torch.zeros(2, 48, 4).bfloat16())
     add_low_rank_batch_triton(torch.zeros(3, 48).bfloat16(), x, groups, stack)
+    for scores in (torch.zeros(3, 5).bfloat16(), torch.zeros(3, 40)):
+        chosen, _ = route_triton(scores, 2, over_chosen=True)
+        group_rows_triton(chosen.view(-1), scores.shape[1])
+        route_triton(scores, 2, over_chosen=False)
     combine_triton(torch.zeros(3, 2, 80).bfloat16(), torch.zeros(3, 2))
 
 
