@@ -9,6 +9,7 @@ import torch
 
 from kernels.attention_state import AttentionVariant
 from kernels.jit import INTERPRETED
+from tests.support.batches import parts
 from tests.support.paged_world import PagedWorld
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
@@ -54,6 +55,21 @@ def test_prefill_equals_the_reference_among_poison(
     world = PagedWorld(LENGTHS, layout, dtype, device, generator)
     pieces = [(0, 0, 1), (1, 3, 17), (2, 0, 0), (3, 60, 65), (4, 100, 257), (5, 299, 300), (2, 0, 63)]
     close(world.prefill(pieces), world.reference(pieces))
+
+
+@pytest.mark.parametrize("ratio", range(1, 17))
+def test_any_number_of_heads_that_share_a_key_up_to_16_equals_the_reference_and_prefill_decode(
+    ratio: int, device: torch.device, generator: torch.Generator
+) -> None:
+    """Each with another size of a head; on a GPU with all of them, and with both dtypes."""
+    sizes, dtypes = [64, 80, 96, 128, 256], [BFLOAT16, FLOAT16]
+    every = list(itertools.product(sizes, dtypes))
+    for size, dtype in [(sizes[ratio % 5], dtypes[ratio % 2])] if INTERPRETED else every:
+        world = PagedWorld([1, 70], (2 * ratio, 2, size), dtype, device, generator)
+        pieces = [(0, 0, 1), (1, 68, 70)]
+        filled = world.prefill(pieces)
+        close(filled, world.reference(pieces))
+        assert torch.equal(world.decode([(0, 0), (1, 68), (1, 69)]), filled)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -105,13 +121,16 @@ def test_prefill_equals_decode_equals_chunks_in_bits(
 
 
 def test_many_sequences_change_no_bit_of_one(device: torch.device, most_rows: int, generator: torch.Generator) -> None:
-    rows = min(most_rows, 257)
+    rows = most_rows
     lengths = [1 + 53 * index % 300 for index in range(rows)]
     world = PagedWorld(lengths, (4, 2, 64), BFLOAT16, device, generator)
     together = world.decode([(index, length - 1) for index, length in enumerate(lengths)])
     mixed = world.prefill([(index, length - 1, length) for index, length in enumerate(lengths)])
     assert torch.equal(mixed, together)
-    for index in range(0, rows, 5):
+    asked = [(index, length - 1) for index, length in enumerate(lengths)]
+    for part in () if INTERPRETED else parts(rows):
+        assert torch.equal(world.decode(asked[part]), together[part])
+    for index in range(0, rows, 5 if INTERPRETED else 41):
         assert torch.equal(world.decode([(index, lengths[index] - 1)])[0], together[index])
 
 

@@ -27,26 +27,37 @@ def by_kernels(x: Tensor, gate_up: Tensor, down: Tensor, chosen: Tensor, weights
 class Mixture:
     """Weights at random, and tokens with their choices."""
 
-    def __init__(self, generator: torch.Generator, device: torch.device, count: int, hidden: int, inner: int) -> None:
+    def __init__(
+        self,
+        generator: torch.Generator,
+        device: torch.device,
+        count: int,
+        hidden: int,
+        inner: int,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         def draw(*shape: int) -> Tensor:
-            return among_nan((torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, torch.bfloat16))
+            return among_nan((torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(device, dtype))
 
         self.gate_up, self.down = draw(count, 2 * inner, hidden), draw(count, hidden, inner)
-        self.generator, self.device, self.count, self.hidden = generator, device, count, hidden
+        self.generator, self.device, self.count, self.hidden, self.dtype = generator, device, count, hidden, dtype
 
     def tokens(self, rows: int, choices: int) -> tuple[Tensor, Tensor, Tensor]:
-        x = torch.randn(rows, self.hidden, generator=self.generator).mul(2).to(self.device, torch.bfloat16)
+        x = torch.randn(rows, self.hidden, generator=self.generator).mul(2).to(self.device, self.dtype)
         chosen = torch.rand(rows, self.count, generator=self.generator).argsort(dim=1)[:, :choices]
         weights = torch.rand(rows, choices, generator=self.generator).softmax(-1)
         return among_nan(x), chosen.to(self.device), among_nan(weights.to(self.device))
 
 
-@pytest.mark.parametrize(("count", "choices"), [(1, 1), (3, 2), (12, 3)])
+@pytest.mark.parametrize(
+    ("count", "choices", "dtype"),
+    [(1, 1, torch.bfloat16), (3, 2, torch.bfloat16), (12, 3, torch.bfloat16), (3, 2, torch.float16)],
+)
 @pytest.mark.parametrize("rows", [1, 29])
 def test_they_equal_the_reference_between_poison(
-    count: int, choices: int, rows: int, device: torch.device, generator: torch.Generator
+    count: int, choices: int, dtype: torch.dtype, rows: int, device: torch.device, generator: torch.Generator
 ) -> None:
-    mixture = Mixture(generator, device, count, 50, 33)
+    mixture = Mixture(generator, device, count, 50, 33, dtype)
     x, chosen, weights = mixture.tokens(rows, choices)
     found = by_kernels(x, mixture.gate_up, mixture.down, chosen, weights)
     expected = experts_reference(x, mixture.gate_up, mixture.down, chosen, weights)
@@ -56,7 +67,7 @@ def test_they_equal_the_reference_between_poison(
 def test_the_bits_of_a_token_do_not_depend_on_the_others_nor_on_their_choices(
     device: torch.device, generator: torch.Generator
 ) -> None:
-    rows = 40 if INTERPRETED else 1100
+    rows = 40 if INTERPRETED else 2100
     mixture = Mixture(generator, device, 3, 40, 17)
     x, chosen, weights = mixture.tokens(rows, 2)
     whole = by_kernels(x, mixture.gate_up, mixture.down, chosen, weights)

@@ -23,24 +23,37 @@ from tests.support.poison import among_nan
 RANKS = (1, 7, 16, 40)
 
 
-def draw(generator: torch.Generator, device: torch.device, *shape: int) -> Tensor:
-    return among_nan(torch.randn(*shape, generator=generator).to(device, torch.bfloat16))
+def draw(generator: torch.Generator, device: torch.device, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return among_nan(torch.randn(*shape, generator=generator).to(device, dtype))
 
 
-def adapters(generator: torch.Generator, device: torch.device, outputs: int, inputs: int) -> list[LowRank]:
+def adapters(
+    generator: torch.Generator, device: torch.device, outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16
+) -> list[LowRank]:
     return [
-        LowRank(draw(generator, device, rank, inputs) / inputs**0.5, draw(generator, device, outputs, rank))
+        LowRank(
+            draw(generator, device, rank, inputs, dtype=dtype) / inputs**0.5,
+            draw(generator, device, outputs, rank, dtype=dtype),
+        )
         for rank in RANKS
     ]
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 3), (67, 173), (96, 300)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "dtype"),
+    [(1, 3, torch.bfloat16), (67, 173, torch.bfloat16), (96, 300, torch.bfloat16), (67, 173, torch.float16)],
+)
 @pytest.mark.parametrize("rows", [1, 5, 70])
 def test_what_is_added_equals_the_reference_adapter_by_adapter(
-    outputs: int, inputs: int, rows: int, device: torch.device, generator: torch.Generator
+    outputs: int,
+    inputs: int,
+    dtype: torch.dtype,
+    rows: int,
+    device: torch.device,
+    generator: torch.Generator,
 ) -> None:
-    loaded = adapters(generator, device, outputs, inputs)
-    product, x = draw(generator, device, rows, outputs), draw(generator, device, rows, inputs)
+    loaded = adapters(generator, device, outputs, inputs, dtype)
+    product, x = (draw(generator, device, rows, size, dtype=dtype) for size in (outputs, inputs))
     of = torch.randint(len(loaded) + 1, (rows,), generator=generator).to(device)
     expected, before = product.clone(), product.clone()
     for index, adapter in enumerate(loaded):
@@ -55,7 +68,7 @@ def test_what_is_added_equals_the_reference_adapter_by_adapter(
 def test_the_bits_of_a_row_do_not_depend_on_the_others_nor_on_their_adapters(
     device: torch.device, generator: torch.Generator
 ) -> None:
-    rows = 70 if INTERPRETED else 1100
+    rows = 70 if INTERPRETED else 2100
     stack = stack_low_rank(adapters(generator, device, 40, 150))
     product, x = draw(generator, device, rows, 40), draw(generator, device, rows, 150)
     of = torch.randint(len(RANKS), (rows,), generator=generator).to(device)

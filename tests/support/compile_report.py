@@ -109,27 +109,27 @@ def _norms() -> Iterator[Case]:
 
 
 def _ropes() -> Iterator[Case]:
-    for size in (64, 80, 96, 128, 256):
-        types = dict.fromkeys(("qkv", "query", "key_cache", "value_cache"), "*bf16")
+    for size, dtype in ((64, "*bf16"), (80, "*bf16"), (96, "*fp16"), (128, "*bf16"), (256, "*bf16")):
+        types = dict.fromkeys(("qkv", "query", "key_cache", "value_cache"), dtype)
         types |= {"epsilon": "fp32", "cos": "*fp32", "sin": "*fp32", "positions": "*i64", "slots": "*i64"}
         constants = {"HEADS": 32, "GROUPS": 8, "HALF": size // 2, "BLOCK": power_of_two(size // 2), "PLAIN": False}
         constants["ROWS"] = launch_for("rope_store", size, DEVICE).block_m
         yield Case("rope_store", size, f"{size}", _rope_store_kernel, types, constants)
-        types = types | {"query_norm": "*bf16", "key_norm": "*bf16"}
+        types = types | {"query_norm": dtype, "key_norm": dtype}
         yield Case("rope_store", size, f"{size} normed", _rope_store_kernel, types, constants)
         types = types | dict.fromkeys(("key_cache", "value_cache"), FLOAT8)
         yield Case("rope_store", size, f"{size} normed {FLOAT8}", _rope_store_kernel, types, constants)
 
 
 def _gates() -> Iterator[Case]:
-    for width in (3072, 12288):
-        types = dict.fromkeys(("gate_up", "out"), "*bf16")
+    for width, dtype in ((3072, "*fp16"), (12288, "*bf16")):
+        types = dict.fromkeys(("gate_up", "out"), dtype)
         constants = {"WIDTH": width, "BLOCK": launch_for("silu_mul", width, DEVICE).block_n, "PLAIN": False}
         yield Case("silu_mul", width, f"{width}", _silu_mul_kernel, types, constants)
 
 
 def _attentions() -> Iterator[Case]:
-    layouts = ((64, 7, "*bf16"), (80, 1, "*bf16"), (96, 3, "*fp16"), (128, 4, "*bf16"), (256, 2, "*bf16"))
+    layouts = ((64, 7, "*bf16"), (80, 1, "*bf16"), (96, 3, "*fp16"), (128, 4, "*bf16"), (256, 16, "*bf16"))
     for (size, ratio, dtype), (operation, kernel) in product(layouts, ATTENTION.items()):
         of_cache = FLOAT8 if operation.endswith("float8") else dtype
         launch = launch_for(operation, size, DEVICE)

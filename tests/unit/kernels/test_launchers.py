@@ -14,20 +14,8 @@ pytest.importorskip("triton", reason="no Triton on this system")
 pytestmark = pytest.mark.timeout(900)  # a process of its own, on a machine that may be slow
 ROOT = Path(__file__).parents[3]
 KERNELS = {"_rms_norm", "_silu_mul", "_rope_store", "_decode", "_merge", "_prefill"}
-KERNELS |= {
-    "_gemm",
-    "_group",
-    "_grouped",
-    "_route",
-    "_combine",
-    "_cut",
-    "_draw",
-    "_best",
-    "_part",
-    "_whole",
-    "_prepare",
-    "_advance",
-}
+KERNELS |= {"_gemm", "_grouped", "_group", "_route", "_combine", "_cut", "_draw", "_best", "_part", "_whole"}
+KERNELS |= {"_prepare", "_advance"}
 
 
 def test_every_launch_hands_over_what_its_kernel_takes(tmp_path: Path) -> None:
