@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kernels.attention_state import AttentionVariant
 from kernels.jit import INTERPRETED
+from kernels.shape import ShapeError
 from tests.support.batches import parts
 from tests.support.paged_world import PagedWorld
 
@@ -118,6 +120,33 @@ def test_prefill_equals_decode_equals_chunks_in_bits(
     assert torch.equal(world.decode([(0, position) for position in positions]), expected)
     assert torch.equal(world.decode([(1, 69), (0, positions[-1])])[1], expected[-1])
     assert torch.equal(world.prefill([(0, position, position + 1) for position in positions]), expected)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [AttentionVariant(), AttentionVariant(window=270), AttentionVariant(window=1, soft_cap=3.0)],
+    ids=["full", "window over segments", "window of one"],
+)
+def test_who_arrives_last_merges_to_the_same_bits_and_leaves_its_counters_at_zero(
+    variant: AttentionVariant, device: torch.device, generator: torch.Generator
+) -> None:
+    lengths = [1, 256, 257, 520] if INTERPRETED else [1 + 97 * index % 8000 for index in range(64)]
+    sinks = torch.randn(6, generator=generator).to(device)
+    variant = replace(variant, sinks=sinks)
+    world = PagedWorld(lengths, (6, 2, 64), BFLOAT16, device, generator, variant)
+    rows = [(0, -1), *((index, length - 1) for index, length in enumerate(lengths))]  # the first is padding
+    expected = world.decode(rows)
+    arrived = torch.zeros(len(rows) + 3, 2, dtype=torch.int32, device=device)
+    for _ in range(2 if INTERPRETED else 50):
+        assert torch.equal(world.decode(rows, arrived), expected)
+        assert not arrived.any()
+
+
+def test_counters_of_another_kind_are_refused(device: torch.device, generator: torch.Generator) -> None:
+    world = PagedWorld([5, 7], (4, 2, 64), BFLOAT16, device, generator)
+    for arrived in (torch.zeros(1, 2).int(), torch.zeros(2, 1).int(), torch.zeros(2, 2)):
+        with pytest.raises(ShapeError, match="`arrived`"):
+            world.decode([(0, 4), (1, 6)], arrived.to(device))
 
 
 def test_many_sequences_change_no_bit_of_one(device: torch.device, most_rows: int, generator: torch.Generator) -> None:

@@ -57,7 +57,7 @@ def test_the_bits_of_a_token_do_not_depend_on_the_others(
 ) -> None:
     scores = torch.randn(most_rows, 60, generator=generator).to(device, torch.bfloat16)
     chosen, weights = route_triton(scores, 2, over_chosen)
-    for part in parts(most_rows):
+    for part in list(parts(most_rows))[:: 4 if INTERPRETED else 1]:
         alone = route_triton(scores[part], 2, over_chosen)
         assert torch.equal(alone[0], chosen[part])
         assert torch.equal(alone[1], weights[part])

@@ -98,6 +98,7 @@ def attention() -> None:
     for variant in (FULL, AttentionVariant(window=1), AttentionVariant(window=32, soft_cap=30.0, sinks=sinks)):
         for of_cache in (cache, cache.to(FLOAT8)):
             decode_attention_triton(query, of_cache, of_cache, table, lengths, 0.1, variant)
+            decode_attention_triton(query, of_cache, of_cache, table, lengths, 0.1, variant, torch.zeros(3, 2).int())
             prefill_attention_triton(query, of_cache, of_cache, table, starts, lengths, 0.1, variant)
 
 

@@ -43,12 +43,15 @@ class PagedWorld:
         self.table = self.table.to(device)
         self.keys, self.values = (among_nan(cache.to(device)) for cache in (self.keys, self.values))
 
-    def decode(self, rows: list[tuple[int, int]]) -> Tensor:
-        """Return the attention of single tokens: a sequence, and the position of its newest one."""
+    def decode(self, rows: list[tuple[int, int]], arrived: Tensor | None = None) -> Tensor:
+        """Return the attention of single tokens: a sequence, and the position of its newest one.
+
+        In one launch where counters are given, else in two.
+        """
         table = self.table[[index for index, _ in rows]]
         lengths = self._counts(position + 1 for _, position in rows)
         query = among_nan(torch.stack([self.query[index][position] for index, position in rows]))
-        return decode_attention_triton(query, self.keys, self.values, table, lengths, self.scale, self.variant)
+        return decode_attention_triton(query, self.keys, self.values, table, lengths, self.scale, self.variant, arrived)
 
     def prefill(self, pieces: list[Piece]) -> Tensor:
         return prefill_attention_triton(*self._asked(pieces), self.scale, self.variant)

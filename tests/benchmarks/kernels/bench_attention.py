@@ -62,13 +62,15 @@ def decode(sequences: int, context: int, ceilings: Ceilings) -> None:
     query = torch.randn(sequences, HEADS, SIZE, device=DEVICE).bfloat16()
     keys, values = cache.in_order(cache.keys), cache.in_order(cache.values)
     narrow, queries = cache.narrowed, 2 * 2 * query.numel()
+    counters = torch.zeros(sequences, GROUPS, dtype=torch.int32, device=DEVICE)
 
-    def ours(cache: Cache) -> Tensor:
+    def ours(cache: Cache, arrived: Tensor | None = None) -> Tensor:
         paged = (query, cache.keys, cache.values, cache.table, cache.lengths, SCALE, FULL)
-        return decode_attention_triton(*paged)
+        return decode_attention_triton(*paged, arrived)
 
     for name, call, read in (
         ("ours", lambda: ours(cache), cache.bytes_read),
+        ("ours, in one launch", lambda: ours(cache, counters), cache.bytes_read),
         ("ours, float8", lambda: ours(narrow), narrow.bytes_read),
         (
             "torch",
