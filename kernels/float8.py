@@ -38,6 +38,11 @@ def check_caches(dtype: torch.dtype, key_cache: Tensor, value_cache: Tensor) -> 
         raise ShapeError(f"`value_cache` holds {value_cache.dtype}, and `key_cache` {key_cache.dtype}")
 
 
+def runs_on(device: torch.device) -> bool:
+    """Return whether kernels can read and write float8 on a device."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+
+
 def to_float8(x: Tensor) -> Tensor:
     """Return x rounded to float8."""
     rounded = x.float().clamp(-GREATEST, GREATEST).to(FLOAT8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_state import FULL, AttentionVariant
-from kernels.float8 import FLOAT8, to_float8_reference
+from kernels.float8 import FLOAT8, runs_on, to_float8_reference
 from kernels.rope_store import HeadNorm, rope_store_triton
 from tests.support.paged_world import PAGE, PagedWorld
 from tests.support.poison import among_nan, guarded
@@ -26,6 +26,12 @@ LAYOUTS = [  # heads, groups, size of a head
     ((3, 1, 10), BFLOAT16, FULL),
 ]
 Layout = tuple[int, int, int]
+
+
+@pytest.fixture(autouse=True)
+def _where_there_is_float8(device: torch.device) -> None:
+    if not runs_on(device):
+        pytest.skip("this GPU has no instructions for float8")
 
 
 def bits(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ before it, whatever its keys were rounded to.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -24,8 +23,9 @@ from engine.replay import ReplayOutcome, force, regenerate
 from engine.request import GenerationRequest, SamplingParams
 from engine.runtime import EngineRuntime
 from tests.support.engine_core import Output, make_request, run_all
+from tests.support.invariance import bits, others, prompt
 from tests.support.model_engine import load_model, logits_of, model_core
-from tests.support.tiny_models import FAMILIES, VOCABULARY
+from tests.support.tiny_models import FAMILIES
 
 FP8 = "fp8_e4m3"
 LENGTHS = (1, 17, 65, 257, 509)  # the last grows over the end of a segment of keys
@@ -40,28 +40,9 @@ def directory(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-def prompt(length: int, start: int = 5) -> list[int]:
-    return [3 + (start + 31 * index * index) % (VOCABULARY - 3) for index in range(length)]
-
-
 def ask(length: int, name: str = "") -> GenerationRequest:
     sampling = {"temperature": 0.9, "top_p": 0.95, "repetition_penalty": 1.2, "top_logprobs": 20, "ignore_eos": True}
     return make_request(name or str(length), prompt(length), NEW_TOKENS, seed=length, **sampling)
-
-
-def others(count: int) -> list[GenerationRequest]:
-    return [
-        make_request(f"other-{index}", prompt(1 + 37 * index % 150, index), 1 + 5 * index % 20, seed=index)
-        for index in range(count)
-    ]
-
-
-def bits(output: Output) -> tuple[object, ...]:
-    assert output.stats is not None
-    entries = [
-        (entry.token, entry.logprob, *(number for pair in entry.top for number in pair)) for entry in output.logprobs
-    ]
-    return output.tokens, [struct.pack(f"<{len(entry)}d", *entry) for entry in entries], output.stats.replay_digest
 
 
 def core_of(directory: Path, blocks: int = 256, **limits: int) -> EngineCore:
