@@ -11,6 +11,7 @@ elements did, which is why the table ends at half of it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -73,6 +74,7 @@ class NoLaunch(LookupError):
     """The table has no entry for an operation at this size."""
 
 
+@lru_cache(maxsize=4096)  # looked up for every launch of a step
 def launch_for(operation: str, size: int, device: str) -> Launch:
     """Return the first entry that fits: those of the device itself go before those of any.
 
@@ -90,7 +92,12 @@ def device_of(tensor: Tensor) -> str:
     """Return the name under which the table knows the device of a tensor, such as `sm_90`."""
     if not tensor.is_cuda:
         return ANY
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return _architecture(tensor.device)
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
 

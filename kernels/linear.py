@@ -17,6 +17,7 @@ where the two agree in every bit does it keep the contract; otherwise `gemm` of 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gemm import gemm
+from kernels.gemm import gemm, gemm_silu_mul
 from kernels.shape import check_product
+from kernels.silu_mul import silu_mul_triton
 
 TILE_M = 32  # rows of a fixed tile
 FEW_ROWS = 64  # up to here `linear_by_rows` takes our own product
@@ -73,19 +75,47 @@ def linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return gemm(x, weight, bias) if x.shape[0] <= FEW_ROWS else F.linear(x, weight, bias)
 
 
+WORKSPACE = {
+    "CUBLAS_WORKSPACE_CONFIG": ":16:8",  # KiB : buffers, the least
+    "CUBLASLT_WORKSPACE_SIZE": "1",  # KiB
+}
+
+
+class StartedTooSoon(RuntimeError):
+    """CUDA runs already, and its libraries were not told what they need to be told before."""
+
+
+def silu_mul_by_rows(
+    x: Tensor,  # [M, K]  M ≥ 1
+    gate_up: Tensor,  # [2I, K]  same dtype; gate, then up
+) -> Tensor:  # [M, I]
+    """Return silu(x·gateᵀ) · (x·upᵀ) on a GPU: in one kernel for few rows, and for more the library's product first."""
+    check_product(x, gate_up)
+    return gemm_silu_mul(x, gate_up) if x.shape[0] <= FEW_ROWS else silu_mul_triton(F.linear(x, gate_up))
+
+
 def forbid_split_k() -> None:
     """Have the library add up every element in one program and in float32, in this process. Call it before CUDA starts.
 
-    The library is left without the memory that partial sums would need, and told not to use any.
+    The library is left without the memory that partial sums would need, and told not to use any. Of the two that torch
+    has, cuBLASLt alone can be told: products of the other would then end in an error, so it is asked always.
+
+    Raises:
+        StartedTooSoon: CUDA runs, and this was not called before.
     """
     cuda: Any = torch.cuda
-    assert not cuda.is_initialized()  # the library reads its environment once
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":16:8"  # KiB : buffers, the least
-    os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"  # KiB
+    told = all(os.environ.get(name) == value for name, value in WORKSPACE.items())
+    if cuda.is_initialized() and not told:  # the library reads its environment once
+        raise StartedTooSoon("CUDA was started before its library was told not to split sums")
+    os.environ.update(WORKSPACE)
     settings: Any = torch.backends.cuda.matmul  # what it is declared to take is narrower than what it takes
     settings.allow_tf32 = False
     settings.allow_bf16_reduced_precision_reduction = (False, False)
     settings.allow_fp16_reduced_precision_reduction = (False, False)
+    if torch.version.cuda:  # a build for CPUs has neither
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the choice being an experiment
+            torch.backends.cuda.preferred_blas_library("cublaslt")
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,9 +137,9 @@ def verify_invariance(
     Every number of rows in `probed_rows` is compared, byte for byte, at two offsets, with the widest product.
     """
     n, k = shape
-    generator = torch.Generator().manual_seed(0)
-    weight = pack(torch.randn(n, k, generator=generator, dtype=dtype).to(device))
-    x = torch.randn(most_rows + 1, k, generator=generator, dtype=dtype).to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = pack(torch.randn(n, k, generator=generator, dtype=dtype, device=device))
+    x = torch.randn(most_rows + 1, k, generator=generator, dtype=dtype, device=device)
     whole = function(x, weight, None)
     return all(
         torch.equal(function(x[offset : offset + rows], weight, None), whole[offset : offset + rows])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from kernels.jit import INTERPRETED
+from kernels.linear import forbid_split_k
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +31,7 @@ def device() -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         pytest.skip("no GPU here, and TRITON_INTERPRET=1 was not set")
+    forbid_split_k()  # before CUDA starts, as the engine does
     return torch.device("cuda")
 
 
