@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineStartError
-from engine.models.decoder import Adapter, DecoderConfig, parameter_shapes, product_parts
+from engine.models.arithmetic import Adapter
+from engine.models.decoder import DecoderConfig, parameter_shapes, product_parts
 from engine.reading import Progress, Reading, WeightsError, silently
 from engine.request import AdapterVersion, ModelVersion
 from engine.shard import Shard, Stored

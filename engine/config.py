@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 MAX_ADAPTERS = 64
 KV_CACHE_DTYPES = ("bfloat16", "fp8_e4m3")
+DEVICE = re.compile(r"cpu|cuda(:(0|[1-9][0-9]{0,2}))?")
 
 # EngineStartError        catch this: the engine does not start; the message says what to do
 # ├── ConfigError         a value of EngineConfig
+# ├── DeviceUnavailable   device.py: the device is not there, or cannot be used
 # ├── WeightsError        reading.py: a file of the model's directory, or of an adapter's
 # ├── AdapterError        adapters.py: an adapter, its files or what it asks for
 # └── UnsupportedModel    an architecture or feature that cannot be served exactly
@@ -30,6 +33,7 @@ class UnsupportedModel(EngineStartError):
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     model: Path  # a directory in the Hugging Face layout
+    device: str | None = None  # `cpu`, `cuda`, `cuda:N`; None: a GPU where torch finds one, else the CPU
     threads: int | None = None  # CPU threads, ≥ 1; None: torch decides
     kv_cache_mib: int = 256  # ≥ 1; memory for keys and values
     kv_cache_dtype: str = "bfloat16"  # one of KV_CACHE_DTYPES; each is a numeric policy of its own
@@ -47,6 +51,8 @@ class EngineConfig:
         wrong = [f"`{name}` must be at least {low}" for name, low in least.items() if getattr(self, name) < low]
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             wrong.append(f"`kv_cache_dtype` must be {' or '.join(f'`{name}`' for name in KV_CACHE_DTYPES)}")
+        if self.device is not None and not DEVICE.fullmatch(self.device):
+            wrong.append("`device` must be `cpu`, `cuda` or `cuda:N`")
         if self.threads is not None and self.threads < 1:
             wrong.append("`threads` must be at least 1")
         if self.max_per_key is not None and self.max_per_key < 1:

@@ -9,14 +9,15 @@ import torch
 from engine.adapters import LoadedAdapter, load_adapters
 from engine.config import EngineConfig, UnsupportedModel
 from engine.core import EngineCore
+from engine.device import CPU, open_device
 from engine.grammar import Grammars
 from engine.limits import EngineLimits
-from engine.model_loading import load_model
-from engine.model_runner import ModelRunner, blocks_in, verify_adapters
+from engine.model_loading import DeviceModel, LoadedModel, load_device_model, load_model
+from engine.model_runner import blocks_in
 from engine.models.decoder import DecoderConfig
 from engine.models.model import ModelShape
 from engine.numeric_policy import digest, with_kv_cache
-from engine.reading import Progress, silently
+from engine.reading import Progress, Reading, silently
 from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, Report, RuntimeTimes
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -32,21 +33,16 @@ def load_engine(config: EngineConfig, report: Report | None = None, progress: Pr
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    device = open_device(config.device)
     reading = read_model(config.model, progress)
     tokenizer = Tokenizer(reading)
-    loaded = load_model(reading, config.max_tokens_per_step, config.context_length)
+    loaded = _load(reading, config, device)
     version = replace(version_of(reading), cast=loaded.cast)
-    shape = loaded.model.config
+    shape = loaded.config
     adapted = _adapters(config, shape, version, progress)
     adapters = {name: one.adapter for name, one in adapted.items()}
-    verify_adapters(adapters.values())
     core = EngineCore(
-        ModelRunner(
-            loaded.model,
-            blocks_in(config.kv_cache_mib, shape, config.kv_cache_dtype),
-            adapters,
-            config.kv_cache_dtype,
-        ),
+        loaded.runner(blocks_in(config.kv_cache_mib, shape, config.kv_cache_dtype), adapters, config.kv_cache_dtype),
         EngineLimits(
             context_length=min(config.context_length or shape.max_position_embeddings, shape.max_position_embeddings),
             vocabulary_size=shape.vocab_size,
@@ -71,6 +67,12 @@ def load_engine(config: EngineConfig, report: Report | None = None, progress: Pr
         report=report,
         times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
     )
+
+
+def _load(reading: Reading, config: EngineConfig, device: torch.device) -> LoadedModel | DeviceModel:
+    if device == CPU:
+        return load_model(reading, config.max_tokens_per_step, config.context_length)
+    return load_device_model(reading, config.max_tokens_per_step, device, config.kv_cache_dtype)
 
 
 def _adapters(

@@ -1,6 +1,7 @@
 """From a model directory to a model: natively where decoder.py knows the family, else by transformers' own code.
 
-A family that decoder.py knows, with a feature that it does not (a window, another rope), goes the second way too.
+A family that decoder.py knows, with a feature that it does not (a window, another rope), goes the second way too. On a
+GPU there is the first way alone: what transformers' own code does along the tokens there was not looked at.
 """
 
 from __future__ import annotations
@@ -18,13 +19,34 @@ from torch import Tensor
 
 from engine import probe
 from engine.config import UnsupportedModel
-from engine.model_runner import LinearAsMet, LinearByShape, choose_linears, choose_segment
+from engine.device import (
+    ATTENTION,
+    choose_attention,
+    choose_products,
+    named_refusals,
+    refuse_too_many_blocks,
+    verify_device_adapters,
+)
+from engine.device_runner import DeviceRunner
+from engine.model_runner import (
+    CACHED_AS,
+    LinearAsMet,
+    LinearByShape,
+    ModelRunner,
+    choose_linears,
+    choose_segment,
+    verify_adapters,
+)
+from engine.models.arithmetic import Adapter
 from engine.models.borrowed import BorrowedModel, build
 from engine.models.borrowed_config import BorrowedConfig, model_class
+from engine.models.cpu_arithmetic import CpuArithmetic, StepInputs
 from engine.models.decoder import ARCHITECTURES, Decoder, DecoderConfig, parameter_shapes
-from engine.models.model import Model
+from engine.models.model import Model, ModelShape
 from engine.models.rows import missing_rows
-from engine.numeric_policy import numeric_policy
+from engine.models.triton_arithmetic import DeviceInputs, TritonArithmetic
+from engine.numeric_policy import device_policy, numeric_policy
+from engine.plan import Runner
 from engine.reading import Reading
 from engine.weights import load_parameters, load_tensors
 from kernels.paged_attention import SEGMENTS
@@ -52,13 +74,65 @@ class HandedOver(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    model: Model
+    """One on the CPU."""
+
+    model: Model[StepInputs]
     policy: Mapping[str, object]  # the numeric policy
     cast: tuple[str, ...]  # the types that weights were cast from
 
+    @property
+    def config(self) -> ModelShape:
+        return self.model.config
+
+    def runner(self, blocks: int, adapters: Mapping[str, Adapter], kv_cache_dtype: str = "bfloat16") -> Runner:
+        """Return what carries out steps, with so many blocks of keys and values. Raises InvarianceUnavailable."""
+        verify_adapters(adapters.values())
+        return ModelRunner(self.model, blocks, adapters, kv_cache_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """One on a GPU."""
+
+    config: DecoderConfig
+    model: Model[DeviceInputs]
+    arithmetic: TritonArithmetic
+    policy: Mapping[str, object]
+    cast: tuple[str, ...]
+    most_rows: int
+
+    def runner(self, blocks: int, adapters: Mapping[str, Adapter], kv_cache_dtype: str = "bfloat16") -> Runner:
+        """Return what carries out steps. Raises InvarianceUnavailable, DeviceUnavailable."""
+        refuse_too_many_blocks(self.config, blocks)
+        with named_refusals(self.arithmetic.device):
+            verify_device_adapters(adapters.values(), self.most_rows, self.arithmetic.device)
+            runner = DeviceRunner(self.model, self.arithmetic, blocks, adapters, kv_cache_dtype)
+            runner.warm_up()
+        return runner
+
+
+def load_device_model(
+    reading: Reading, most_rows: int, device: torch.device, kv_cache_dtype: str = "bfloat16"
+) -> DeviceModel:
+    """Load the model of a directory on a GPU. At most `most_rows` tokens will be in a step.
+
+    Raises: EngineStartError and its kinds.
+    """
+    config = configuration(reading.json("config.json"))
+    if not isinstance(config, DecoderConfig):
+        raise UnsupportedModel(f"`{config.architecture}` is served on the CPU only; set `device` to `cpu`")
+    with named_refusals(device):
+        products = choose_products(config, most_rows, device)
+        attention = choose_attention(config, device, CACHED_AS[kv_cache_dtype])
+        arithmetic = TritonArithmetic(device, products, ATTENTION[attention])
+        weights = load_parameters(reading, parameter_shapes(config))
+        decoder = Decoder(config, HandedOver(weights.tensors), arithmetic)
+    policy = device_policy(device, products, attention)
+    return DeviceModel(config, decoder, arithmetic, policy, weights.cast, most_rows)
+
 
 def load_model(reading: Reading, most_rows: int, context_length: int | None = None) -> LoadedModel:
-    """Load the model of a directory. At most `most_rows` tokens will be in a step.
+    """Load the model of a directory on the CPU. At most `most_rows` tokens will be in a step.
 
     Raises: EngineStartError and its kinds.
     """
@@ -87,7 +161,8 @@ def _native(reading: Reading, config: DecoderConfig, most_rows: int) -> LoadedMo
     linears = choose_linears(config, most_rows)
     weights = load_parameters(reading, parameter_shapes(config))
     linear = LinearByShape(linears)
-    decoder = Decoder(config, HandedOver(weights.tensors), linear, SEGMENTS[segment], linear.pack)
+    arithmetic = CpuArithmetic(linear, SEGMENTS[segment], linear.pack)
+    decoder = Decoder(config, HandedOver(weights.tensors), arithmetic)
     return LoadedModel(decoder, numeric_policy(linears, segment), weights.cast)
 
 

@@ -1,4 +1,4 @@
-"""The model runner: a step's plan → tensors → logits → sampled tokens. Knows rows, not requests.
+"""The model runner of a CPU: a step's plan → tensors → logits → sampled tokens. Knows rows, not requests.
 
 Owns the paged cache. What it computes for a row depends on that row alone: the kernels keep it, `verify_invariance`
 checks the machine for it at start, and where the library's product does not keep it a slower one takes its place and
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from engine.config import KV_CACHE_DTYPES, EngineStartError
 from engine.logprobs import log_softmax, token_logprob
-from engine.models.decoder import Adapted, Adapter, DecoderConfig, KVCache, StepInputs
+from engine.models.arithmetic import Adapter, KVCache
+from engine.models.cpu_arithmetic import Adapted, StepInputs
+from engine.models.decoder import DecoderConfig
 from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, Draw, Interrupted, Reading, RowPlan, StepPlan, StepResult, never
 from engine.pooling import pool
@@ -151,7 +153,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Model,
+        model: Model[StepInputs],
         block_count: int,
         adapters: Mapping[str, Adapter] | None = None,
         kv_cache_dtype: str = "bfloat16",  # a name of CACHED_AS

@@ -5,22 +5,32 @@ Bits repeat under an equal policy, and nothing is claimed across different ones.
 
     {"attention":"fused","cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},"machine":"x86_64",
      "numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
+
+and on a GPU:
+
+    {"arch":"sm_90","attention":"decode_and_prefill","cublas":130002,"cuda":"13.0","device":"NVIDIA H200",
+     "driver":"580.95.05","dtype":"bfloat16","linear":{"6144x4096":"by_rows",…},"torch":"2.13.0","triton":"3.7.1",…}
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from kernels import attention_plan
+from engine import looks
+from kernels import attention_plan, attention_state, launch
 from kernels import linear as linear_kernel
 
 
@@ -60,6 +70,79 @@ def with_kv_cache(policy: Mapping[str, object], dtype: str) -> dict[str, object]
     return {**policy, "kv_cache": dtype}
 
 
+def device_policy(
+    device: torch.device,
+    linears: Mapping[tuple[int, int], str],
+    attention: str,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, object]:
+    """Return the policy of an engine on a GPU, once its libraries are loaded. What was chosen is named.
+
+    The host's share is in it too: it works out the tables of rotations, and adds up what is pooled.
+    """
+    return {
+        "v": 1,
+        **_gpu(device),
+        "host": {
+            "machine": platform.machine(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "numpy": np.__version__,
+        },
+        "torch": torch.__version__,
+        "build": "sha256:" + hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
+        "triton": _version("triton"),
+        "environment": {name: environment[name] for name in _GPU_SWITCHES if name in environment},
+        "dtype": "bfloat16",
+        "linear": {f"{rows}x{columns}": name for (rows, columns), name in linears.items()},
+        "linear_few_rows": linear_kernel.FEW_ROWS,
+        "attention": attention,
+        "attention_tile": attention_state.TILE,
+        "attention_segment": attention_state.SEGMENT,
+        "launches": "sha256:" + hashlib.sha256(repr(launch.TABLE).encode()).hexdigest(),
+        "alternatives": list(looks.TIERS),
+        "grammar": _version("llguidance"),
+        "kernels": _sources("kernels"),
+        "arithmetic": _sources("engine.models", "engine"),
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, object]:
+    """Return what the hardware and its libraries say of themselves."""
+    if device.type != "cuda":
+        return {"device": "interpreter"}
+    major, minor = torch.cuda.get_device_capability(device)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "arch": f"sm_{major}{minor}",
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cublas": _cublas(),
+    }
+
+
+def _driver() -> str:
+    """Return the driver's version, or where nothing tells it that of the interface that it offers."""
+    for path in _DRIVER_SAYS:
+        try:
+            found = re.search(r"\d+\.\d+(\.\d+)?", Path(path).read_text(encoding="ascii", errors="replace"))
+        except OSError:
+            continue
+        if found:
+            return found.group()
+    ask: Any = torch._C
+    return f"cuda {ask._cuda_getDriverVersion()}"
+
+
+def _cublas() -> int | None:
+    """Return the version of the library of products that this process loaded."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+            loaded = next((found.group() for line in file if (found := _CUBLAS.search(line))), None)
+        return None if loaded is None else int(ctypes.CDLL(loaded).cublasLtGetVersion())
+    except (OSError, AttributeError):
+        return None
+
+
 def digest(policy: Mapping[str, object]) -> str:
     canonical = json.dumps(policy, sort_keys=True, separators=(",", ":")).encode()
     return "sha256:" + hashlib.sha256(canonical).hexdigest()
@@ -75,14 +158,31 @@ _SWITCHES = (
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
+_GPU_SWITCHES = (
+    "CUBLASLT_WORKSPACE_SIZE",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_PTXAS_PATH",
+)
+_DRIVER_SAYS = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
+_CUBLAS = re.compile(r"/\S*libcublasLt\.so\S*")
 _ARITHMETIC = frozenset(
     {
+        "adapter_stacks.py",
         "adapters.py",
+        "arithmetic.py",
         "borrowed.py",
+        "cpu_arithmetic.py",
         "decoder.py",
+        "device.py",
+        "device_runner.py",
         "experts.py",
         "grammar.py",
         "logprobs.py",
+        "looks.py",
         "model_runner.py",
         "paged_step.py",
         "pooling.py",
@@ -90,6 +190,8 @@ _ARITHMETIC = frozenset(
         "rope_table.py",
         "rows.py",
         "sampler.py",
+        "transfer.py",
+        "triton_arithmetic.py",
     }
 )
 

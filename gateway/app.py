@@ -103,6 +103,7 @@ def load_model(settings: Settings) -> Engine:
     return load_engine(
         EngineConfig(
             model=settings.model.path or model_directory(),
+            device=chosen.device,
             threads=chosen.threads,
             kv_cache_mib=chosen.kv_cache_mib,
             kv_cache_dtype=chosen.kv_cache_dtype,

@@ -69,6 +69,7 @@ _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _WEIGHT = re.compile(r"[^=\s]{1,128}=(?:[1-9][0-9]{0,2}|1000)")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}=[^\0]+", re.DOTALL)
 _KV_CACHE_DTYPES = ("bfloat16", "fp8_e4m3")
+_DEVICE = re.compile(r"cpu|cuda(?::(?:0|[1-9][0-9]{0,2}))?")
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
 
 
@@ -159,6 +160,11 @@ class ModelSettings:
 class EngineSettings:
     """How much the engine takes on."""
 
+    device: str | None = setting(
+        None,
+        text_kind("`cpu`, `cuda` or `cuda:N`", lambda t: bool(_DEVICE.fullmatch(t))),
+        "what computes; without it, `cuda` where torch finds one, else the CPU",
+    )
     threads: int | None = setting(
         None, integer_kind(1, 1024), "threads of the CPU for tensors; without it, torch decides"
     )

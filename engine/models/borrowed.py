@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from engine.config import EngineStartError
 from engine.models import experts, paged_step
+from engine.models.arithmetic import KVCache
 from engine.models.borrowed_config import BorrowedConfig, model_class, quietly
-from engine.models.decoder import KVCache, StepInputs
+from engine.models.cpu_arithmetic import StepInputs
 from engine.models.operations import Operations
 from engine.models.paged_step import LayerAttention, PagedStep
 from engine.models.products import Products

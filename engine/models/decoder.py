@@ -5,29 +5,24 @@
 What differs between them is a bias on qkv (Qwen2), a norm on each head (Qwen3), the rope scaling. A feature that is not
 computed exactly here is refused when the configuration is read, by name. Layers take the step's inputs as an argument;
 nothing is global. q, k, v and gate, up are one product each. An adapter adds to the products of a layer, for the tokens
-that are its own; the logits have none.
+that are its own; the logits have none. What all of it is computed with, and where, arithmetic.py says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import UnsupportedModel
-from engine.plan import Interrupted, StepInterrupted, never
-from kernels.attention_plan import ROWS, AttentionPlan
-from kernels.linear import Linear, Pack, keep
-from kernels.low_rank import LowRank, add_low_rank
-from kernels.paged_attention import Segment, paged_attention
-from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope_store import rope, store_kv
-from kernels.silu_mul import silu_mul
+from engine.models.arithmetic import Arithmetic, Inputs, KVCache, LayerProduct, Rotation
+from kernels.attention_plan import ROWS
+from kernels.rope_store import HeadNorm
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -189,170 +184,97 @@ def inverse_frequencies(config: DecoderConfig) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """What a fine-tuning adds to the products of each layer, by the names of `product_parts`; absent: nothing."""
-
-    layers: tuple[Mapping[str, LowRank], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """Tokens of a step that are computed with an adapter."""
-
-    adapter: Adapter
-    rows: Tensor | None  # [M] int64, which of the step's T tokens; None: all of them
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """The tensors of one step. T tokens."""
-
-    tokens: Tensor  # [T] int64
-    positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64  where each token's key and value go
-    attention: AttentionPlan
-    adapted: tuple[Adapted, ...] = ()  # no token is in two of them
-    windowed: Mapping[int, AttentionPlan] = field(default_factory=dict)  # by sliding window, of a model that has them
-    interrupted: Interrupted = never
-
-    def give_way(self) -> None:
-        """Between layers, and within. Raises StepInterrupted."""
-        if self.interrupted():
-            raise StepInterrupted
-
-
-@dataclass(frozen=True, slots=True)
-class KVCache:
-    key: Tensor  # [N + 1, P, G, D]  the last block is zero and nobody's
-    value: Tensor  # [N + 1, P, G, D]
-
-
-@dataclass(frozen=True, slots=True)
 class Layer:
     """One block's parameters, fused where one product reads them."""
 
     input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    o: Tensor
+    qkv: LayerProduct
+    head_norm: HeadNorm | None
+    o: LayerProduct
     post_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: LayerProduct
+    down: LayerProduct
 
 
-AdaptedLayer = tuple[Mapping[str, LowRank], Tensor | None]  # of one layer: what is added, and to which rows
+class Decoder(Generic[Inputs]):
+    """The parameters, and the way from tokens to logits."""
 
-
-class Decoder:
-    """The parameters, and the arithmetic from tokens to logits."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        parameters: Mapping[str, Tensor],
-        linear: Linear,
-        segment: Segment,
-        pack: Pack = keep,  # lays a weight out for `linear`
-    ) -> None:
+    def __init__(self, config: DecoderConfig, parameters: Mapping[str, Tensor], arithmetic: Arithmetic[Inputs]) -> None:
         """Take the parameters by their Hugging Face names; weights.py has checked that they are exactly these."""
         self.config = config
-        self._linear = linear
-        self._segment = segment
-        self._embedding = parameters["model.embed_tokens.weight"]
-        self._layers = [_layer(config, parameters, index, pack) for index in range(config.num_hidden_layers)]
-        self._norm = parameters["model.norm.weight"]
-        self._head = pack(self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"])
+        self._arithmetic = arithmetic
+        self._embedding = arithmetic.hold(parameters["model.embed_tokens.weight"])
+        self._layers = [_layer(config, parameters, index, arithmetic) for index in range(config.num_hidden_layers)]
+        self._norm = arithmetic.hold(parameters["model.norm.weight"])
+        head = self._embedding if config.tie_word_embeddings else parameters["lm_head.weight"]
+        self._head = arithmetic.lay_out(head)
         angles = torch.arange(config.max_position_embeddings).float()[:, None] * inverse_frequencies(config)
-        self._cos, self._sin = angles.cos(), angles.sin()
+        self._rotation = Rotation(arithmetic.hold(angles.cos()), arithmetic.hold(angles.sin()))
 
-    def hidden(self, inputs: StepInputs, caches: list[KVCache]) -> Tensor:
+    def hidden(self, inputs: Inputs, caches: list[KVCache]) -> Tensor:
         """Return the hidden states, [T, H]; keys and values are stored on the way."""
-        epsilon = self.config.rms_norm_eps
-        cos, sin = self._cos[inputs.positions], self._sin[inputs.positions]
+        compute, epsilon = self._arithmetic, self.config.rms_norm_eps
+        rotation = compute.rotation(inputs, self._rotation)
         residual = F.embedding(inputs.tokens, self._embedding)
-        normed = rms_norm(residual, self._layers[0].input_norm, epsilon)
+        normed = compute.norm(residual, self._layers[0].input_norm, epsilon)
         for index, layer in enumerate(self._layers):
             inputs.give_way()
-            adapted = _adapted(inputs, index)
-            attended = self._attention(layer, normed, inputs, adapted, caches[index], cos, sin)
-            normed, residual = add_rms_norm(attended, residual, layer.post_norm, epsilon)
+            attended = self._attention(layer, normed, inputs, rotation, caches[index])
+            normed, residual = compute.add_norm(attended, residual, layer.post_norm, epsilon)
             inputs.give_way()
-            fed = self._feed(layer, normed, adapted)
+            fed = self._feed(layer, normed, inputs)
             last = index + 1 == len(self._layers)
             weight = self._norm if last else self._layers[index + 1].input_norm
-            normed, residual = add_rms_norm(fed, residual, weight, epsilon)
+            normed, residual = compute.add_norm(fed, residual, weight, epsilon)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits [R, V] float32 of hidden states [R, H]."""
         if hidden.shape[0] == 0:  # a chunk of a long prompt by itself: only keys and values were wanted
             return hidden.new_empty((0, self.config.vocab_size), dtype=torch.float32)
-        return self._linear(hidden, self._head, None).float()
+        return self._arithmetic.linear(hidden, self._head).float()
 
-    def _product(
-        self, name: str, x: Tensor, weight: Tensor, bias: Tensor | None, adapted: Sequence[AdaptedLayer]
-    ) -> Tensor:
-        """Return x·weightᵀ + bias, and of adapted rows what their adapter adds."""
-        product = self._linear(x, weight, bias)
-        for products, rows in adapted:
-            if name in products:
-                add_low_rank(product, x, rows, products[name])
-        return product
+    def _attention(self, layer: Layer, normed: Tensor, inputs: Inputs, rotation: Rotation, cache: KVCache) -> Tensor:
+        compute = self._arithmetic
+        fused = compute.product(inputs, layer.qkv, normed)
+        query = compute.rotate_and_store(inputs, fused, layer.head_norm, rotation, cache)
+        attended = compute.attention(inputs, query, cache, self.config.head_dim**-0.5)
+        return compute.product(inputs, layer.o, attended.reshape(len(normed), -1))
 
-    def _feed(self, layer: Layer, normed: Tensor, adapted: Sequence[AdaptedLayer]) -> Tensor:
-        inner = silu_mul(self._product("gate_up", normed, layer.gate_up, None, adapted))
-        return self._product("down", inner, layer.down, None, adapted)
-
-    def _attention(
-        self,
-        layer: Layer,
-        normed: Tensor,
-        inputs: StepInputs,
-        adapted: Sequence[AdaptedLayer],
-        cache: KVCache,
-        cos: Tensor,
-        sin: Tensor,
-    ) -> Tensor:
-        config, tokens = self.config, normed.shape[0]
-        fused = self._product("qkv", normed, layer.qkv, layer.qkv_bias, adapted)
-        query, key, value = torch.split(fused, list(config.qkv_sizes), dim=-1)
-        query = query.view(tokens, config.num_attention_heads, config.head_dim)
-        key = key.view(tokens, config.num_key_value_heads, config.head_dim)
-        value = value.view(tokens, config.num_key_value_heads, config.head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query = rms_norm(query, layer.q_norm, config.rms_norm_eps)
-            key = rms_norm(key, layer.k_norm, config.rms_norm_eps)
-        store_kv(rope(key, cos, sin), value, cache.key, cache.value, inputs.slots)
-        attended = paged_attention(
-            rope(query, cos, sin),
-            cache.key,
-            cache.value,
-            inputs.attention,
-            config.head_dim**-0.5,
-            self._segment,
-        )
-        return self._product("o", attended.reshape(tokens, -1), layer.o, None, adapted)
+    def _feed(self, layer: Layer, normed: Tensor, inputs: Inputs) -> Tensor:
+        inner = self._arithmetic.gated_product(inputs, layer.gate_up, normed)
+        return self._arithmetic.product(inputs, layer.down, inner)
 
 
-def _adapted(inputs: StepInputs, layer: int) -> list[AdaptedLayer]:
-    return [(one.adapter.layers[layer], one.rows) for one in inputs.adapted]
-
-
-def _layer(config: DecoderConfig, parameters: Mapping[str, Tensor], index: int, pack: Pack) -> Layer:
+def _layer(
+    config: DecoderConfig, parameters: Mapping[str, Tensor], index: int, arithmetic: Arithmetic[Inputs]
+) -> Layer:
     prefix = f"model.layers.{index}"
-    qkv = [f"{prefix}.self_attn.{part}_proj" for part in "qkv"]
+
+    def norm(name: str) -> Tensor:
+        return arithmetic.hold(parameters[f"{prefix}.{name}.weight"])
+
+    def fused(kind: str, modules: list[str]) -> Tensor:
+        parts = [parameters[f"{prefix}.{module}.{kind}"] for module in modules]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def product(name: str) -> LayerProduct:
+        modules = [module for module, _ in parts[name]]
+        bias = arithmetic.hold(fused("bias", modules)) if name == "qkv" and config.qkv_bias else None
+        return LayerProduct(index, name, arithmetic.lay_out(fused("weight", modules)), bias)
+
+    parts = product_parts(config)
+    head_norm = None
+    if config.qk_norm:
+        head_norm = HeadNorm(norm("self_attn.q_norm"), norm("self_attn.k_norm"), config.rms_norm_eps)
     return Layer(
-        input_norm=parameters[f"{prefix}.input_layernorm.weight"],
-        qkv=pack(torch.cat([parameters[f"{name}.weight"] for name in qkv])),
-        qkv_bias=torch.cat([parameters[f"{name}.bias"] for name in qkv]) if config.qkv_bias else None,
-        q_norm=parameters[f"{prefix}.self_attn.q_norm.weight"] if config.qk_norm else None,
-        k_norm=parameters[f"{prefix}.self_attn.k_norm.weight"] if config.qk_norm else None,
-        o=pack(parameters[f"{prefix}.self_attn.o_proj.weight"]),
-        post_norm=parameters[f"{prefix}.post_attention_layernorm.weight"],
-        gate_up=pack(torch.cat([parameters[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")])),
-        down=pack(parameters[f"{prefix}.mlp.down_proj.weight"]),
+        input_norm=norm("input_layernorm"),
+        qkv=product("qkv"),
+        head_norm=head_norm,
+        o=product("o"),
+        post_norm=norm("post_attention_layernorm"),
+        gate_up=product("gate_up"),
+        down=product("down"),
     )
 
 

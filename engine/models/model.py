@@ -1,4 +1,4 @@
-"""What the runner asks of a model: its shape, and the way from tokens to logits. See decoder.py and borrowed.py."""
+"""What a runner asks of a model: its shape, and the way from tokens to logits. See decoder.py and borrowed.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from engine.models.decoder import KVCache, StepInputs
+from engine.models.arithmetic import KVCache, Taken
 
 
 class ModelShape(Protocol):
@@ -34,11 +34,11 @@ class ModelShape(Protocol):
         ...
 
 
-class Model(Protocol):
+class Model(Protocol[Taken]):
     @property
     def config(self) -> ModelShape: ...
 
-    def hidden(self, inputs: StepInputs, caches: list[KVCache]) -> Tensor:
+    def hidden(self, inputs: Taken, caches: list[KVCache]) -> Tensor:
         """Return the hidden states, [T, H]; keys and values are stored on the way."""
         ...
 

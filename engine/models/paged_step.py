@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from engine.config import UnsupportedModel
-from engine.models.decoder import KVCache, StepInputs
+from engine.models.arithmetic import KVCache
+from engine.models.cpu_arithmetic import StepInputs
 from engine.models.products import Products
 from engine.models.rows import padded
 from kernels.attention_plan import AttentionPlan

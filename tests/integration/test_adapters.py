@@ -20,7 +20,7 @@ from engine.adapters import AdapterError, load_adapter, read_adapter
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.load import load_engine
-from engine.models.decoder import Adapter
+from engine.models.arithmetic import Adapter
 from engine.replay import ReplayOutcome, force, regenerate
 from engine.request import GenerationRequest, Pooling, RequestRefused
 from engine.runtime import EngineRuntime

@@ -18,9 +18,10 @@ from torch import Tensor
 from engine.adapters import AdapterError, load_adapter, load_adapters, read_adapter, version_with
 from engine.config import EngineConfig, EngineStartError
 from engine.load import load_engine
+from engine.models.arithmetic import Adapter
 from engine.models.borrowed import build
 from engine.models.borrowed_config import BorrowedConfig
-from engine.models.decoder import Adapter, DecoderConfig, parameter_shapes
+from engine.models.decoder import DecoderConfig, parameter_shapes
 from engine.reading import Progress, Reading, WeightsError, silently
 from engine.request import ModelVersion
 from engine.tokenizer import Tokenizer

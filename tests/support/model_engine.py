@@ -12,7 +12,8 @@ import torch
 from engine import model_loading as load
 from engine.core import EngineCore
 from engine.model_runner import CACHED_AS, ModelRunner
-from engine.models.decoder import Adapted, Adapter, KVCache
+from engine.models.arithmetic import Adapter, KVCache
+from engine.models.cpu_arithmetic import Adapted
 from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, RowPlan
 from engine.reading import Reading

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.adapters import AdapterError, adapter_version, load_adapter, load_adapters, read_adapter, read_config
 from engine.config import EngineStartError
-from engine.models.decoder import Adapter, DecoderConfig
+from engine.models.arithmetic import Adapter
+from engine.models.decoder import DecoderConfig
 from engine.reading import Reading
 from engine.weights import digest_directory, version_digest
 from kernels.low_rank import LowRank

@@ -1,0 +1,104 @@
+"""The arithmetic of a CPU: torch's products as they were found invariant here, and attention by segments.
+
+`linear` is of a shape's own choosing (model_runner.py), and so is the segment's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.models.arithmetic import Adapter, KVCache, LayerProduct, Rotation
+from engine.plan import Interrupted, StepInterrupted, never
+from kernels.attention_plan import AttentionPlan
+from kernels.linear import Linear, Pack, keep
+from kernels.low_rank import add_low_rank
+from kernels.paged_attention import Segment, paged_attention
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope_store import HeadNorm, rope, store_kv
+from kernels.silu_mul import silu_mul
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Tokens of a step that are computed with an adapter."""
+
+    adapter: Adapter
+    rows: Tensor | None  # [M] int64, which of the step's T tokens; None: all of them
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The tensors of one step. T tokens."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64  where each token's key and value go
+    attention: AttentionPlan
+    adapted: tuple[Adapted, ...] = ()  # no token is in two of them
+    windowed: Mapping[int, AttentionPlan] = field(default_factory=dict)  # by sliding window, of a model that has them
+    interrupted: Interrupted = never
+
+    def give_way(self) -> None:
+        """Between layers, and within. Raises StepInterrupted."""
+        if self.interrupted():
+            raise StepInterrupted
+
+
+class CpuArithmetic:
+    def __init__(
+        self,
+        linear: Linear,
+        segment: Segment,
+        pack: Pack = keep,  # lays a weight out for `linear`
+    ) -> None:
+        self._linear = linear
+        self._segment = segment
+        self._pack = pack
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def lay_out(self, weight: Tensor) -> Tensor:
+        return self._pack(weight)
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return rms_norm(x, weight, epsilon)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, epsilon)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._linear(x, weight, None)
+
+    def product(self, inputs: StepInputs, product: LayerProduct, x: Tensor) -> Tensor:
+        result = self._linear(x, product.weight, product.bias)
+        for one in inputs.adapted:
+            added = one.adapter.layers[product.layer].get(product.name)
+            if added is not None:
+                add_low_rank(result, x, one.rows, added)
+        return result
+
+    def gated_product(self, inputs: StepInputs, product: LayerProduct, x: Tensor) -> Tensor:
+        return silu_mul(self.product(inputs, product, x))
+
+    def rotation(self, inputs: StepInputs, every: Rotation) -> Rotation:
+        """Return the rotation of the step's tokens."""
+        return Rotation(every.cos[inputs.positions], every.sin[inputs.positions])
+
+    def rotate_and_store(
+        self, inputs: StepInputs, fused: Tensor, norm: HeadNorm | None, rotation: Rotation, cache: KVCache
+    ) -> Tensor:
+        groups, size = cache.key.shape[2:]
+        heads = fused.view(fused.shape[0], -1, size)
+        query, key, value = torch.split(heads, [heads.shape[1] - 2 * groups, groups, groups], dim=1)
+        if norm is not None:
+            query, key = rms_norm(query, norm.query, norm.epsilon), rms_norm(key, norm.key, norm.epsilon)
+        store_kv(rope(key, rotation.cos, rotation.sin), value, cache.key, cache.value, inputs.slots)
+        return rope(query, rotation.cos, rotation.sin)
+
+    def attention(self, inputs: StepInputs, query: Tensor, cache: KVCache, scale: float) -> Tensor:
+        return paged_attention(query, cache.key, cache.value, inputs.attention, scale, self._segment)
