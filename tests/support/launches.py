@@ -10,6 +10,7 @@ would: an argument that may be None, but was declared a number, fails here and n
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from engine.device_runner import DeviceRunner, warming_steps
+from engine.models.decoder import Decoder
+from engine.models.triton_arithmetic import TritonArithmetic
+from engine.plan import Pool, RowPlan, Score, StepPlan
+from engine.request import Pooling, SamplingParams
 from kernels.attention_state import FULL, AttentionVariant
 from kernels.decode_attention import decode_attention_triton
 from kernels.experts import combine_triton
@@ -33,6 +39,7 @@ from kernels.rope_store import HeadNorm, rope_store_triton
 from kernels.route import route_triton
 from kernels.sample import Bias, Cuts, Penalties, SamplingTables, sample_triton
 from kernels.silu_mul import silu_mul_triton
+from tests.support.device_engine import TINY, adapter_of, config_of, parameters_of
 
 MOST_SHARED = 232_448  # bytes of a program on sm_90
 
@@ -141,6 +148,27 @@ def steps() -> None:
         advance_triton(tables, step, one, torch.zeros(2, dtype=torch.long))
 
 
+def engine() -> None:
+    """An engine's steps of every kind on a device without data: torch refuses a tensor of the host among its own."""
+    device, plans = torch.device("meta"), list(warming_steps())
+    greedy = SamplingParams(max_tokens=1, seed=0, temperature=0.0, prompt_logprobs=1)
+    for pooling in Pooling:
+        rows = [
+            RowPlan((1,) * (1 + 35 * at), 0, (0, 1, 2, 3, 4), greedy, (), (Score(0, 1),), Pool(pooling, None), name)
+            for at, name in enumerate(("a", None, "b"))
+        ]
+        plans.append(StepPlan(tuple(rows)))
+    for family in ("qwen2", "qwen3"):
+        config = config_of(family, TINY)
+        arithmetic = TritonArithmetic(device, dict.fromkeys(config.linear_shapes(), "by_rows"), decodes_apart=True)
+        adapters = {name: adapter_of(config, 1, 3, ("qkv", "gate_up")) for name in "ab"}
+        runner = DeviceRunner(Decoder(config, parameters_of(config), arithmetic), arithmetic, 8, adapters)
+        for plan in plans:
+            with suppress(NotImplementedError):  # at the copy back: there is nothing to copy
+                runner.run(plan)
+                raise AssertionError("a step without data came to its end")
+
+
 def main() -> None:
     if INTERPRETED:
         raise SystemExit("unset `TRITON_INTERPRET`: the interpreter launches nothing")
@@ -150,6 +178,7 @@ def main() -> None:
     products()
     vocabulary()
     steps()
+    engine()
 
 
 if __name__ == "__main__":
