@@ -182,7 +182,8 @@ class IncrementalDetokenizer:
     """Tokens of one output → its text, as soon as it is certain.
 
     What may still be part of a character or of a stop string is held. The released pieces, joined, are the decoded
-    text up to the first stop string, however the tokens were split into pushes.
+    text up to the stop string that is complete first, the longest of those that end together, however the tokens were
+    split into pushes.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
@@ -238,10 +239,11 @@ class IncrementalDetokenizer:
         if not self._stop:
             return text
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self._stopped = True
-            return self._held[: min(found)]
+            _, at = min(found)
+            return self._held[:at]
         keep = self._undecided()
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released

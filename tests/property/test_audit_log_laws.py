@@ -168,6 +168,4 @@ class LogMachine(RuleBasedStateMachine):
 
 
 TestLog = LogMachine.TestCase
-TestLog.settings = settings(
-    max_examples=6, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestLog.settings = settings(max_examples=6, stateful_step_count=25, suppress_health_check=list(HealthCheck))

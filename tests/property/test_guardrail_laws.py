@@ -51,7 +51,7 @@ OUTPUT_SPECS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS, st.lists(st.integers(0, 10_000), max_size=12), OUTPUT_SPECS)
 def test_any_split_of_an_answer_gives_the_same_total_output(
     text: str, cuts: list[int], specs: list[GuardrailSpec]
@@ -61,7 +61,7 @@ def test_any_split_of_an_answer_gives_the_same_total_output(
     assert stream(list(text), specs) == whole
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS, st.sampled_from([("pii", SMALL_PII), ("pii", ()), ("secrets", ())]))
 def test_a_streamed_redaction_equals_the_redaction_of_the_whole(
     text: str, looked_for: tuple[str, tuple[str, ...]]
@@ -73,7 +73,7 @@ def test_a_streamed_redaction_equals_the_redaction_of_the_whole(
     assert streamed.counts == [whole.verdicts[0].counts]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from([*CARDS, *IBANS]), TEXTS, TEXTS, st.lists(st.integers(0, 10_000), max_size=6))
 def test_no_part_of_a_blocked_number_leaves(number: str, before: str, after: str, cuts: list[int]) -> None:
     spec = output_spec("g", "pii", Action.BLOCK, ("card", "iban"))
@@ -84,7 +84,7 @@ def test_no_part_of_a_blocked_number_leaves(number: str, before: str, after: str
     assert len(told.text) <= len(before) + 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS)
 @example("12" * 40 + "@")
 def test_what_was_released_was_scanned_with_all_that_may_follow(text: str) -> None:
@@ -96,7 +96,7 @@ def test_what_was_released_was_scanned_with_all_that_may_follow(text: str) -> No
         assert whole.startswith(released)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(TEXTS, TEXTS, st.integers(0, 10_000))
 def test_what_is_settled_stays_as_it_is_whatever_follows(text: str, more: str, cut: int) -> None:
     """Cut anywhere, and within every finding: before the settled position, the cut text shows what the whole will."""
@@ -111,7 +111,7 @@ def test_what_is_settled_stays_as_it_is_whatever_follows(text: str, more: str, c
             assert early == {span for span in found if span[0] < settled}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS, st.sampled_from(sorted(DETECTORS)))
 def test_hyperscan_and_re2_let_the_same_findings_pass(text: str, detector: str) -> None:
     known = DETECTORS[detector].known
@@ -122,7 +122,7 @@ def test_hyperscan_and_re2_let_the_same_findings_pass(text: str, detector: str) 
         assert expected == {name for name, entity in candidates.items() if any(True for _ in entity.find(folded))}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS)
 def test_no_finding_is_longer_than_its_detector_says(text: str) -> None:
     for name, detector in DETECTORS.items():
@@ -131,7 +131,7 @@ def test_no_finding_is_longer_than_its_detector_says(text: str) -> None:
                 assert 0 < end - start <= entity.longest <= (longest_span(name, ()) or 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TEXTS, st.integers(0, 10_000))
 def test_finders_are_local(text: str, cut: int) -> None:
     """A finding depends on `CONTEXT` characters before it at most: cutting off more changes only what begins there."""
@@ -146,7 +146,7 @@ def test_finders_are_local(text: str, cut: int) -> None:
             assert {span for span in whole ^ part if span[0] not in covered} == set()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=40) | TEXTS)
 def test_folding_twice_changes_nothing_and_spans_lead_back(text: str) -> None:
     folded = fold(text)

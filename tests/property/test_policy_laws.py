@@ -138,7 +138,7 @@ def told(decision: Decision) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(rules(), st.sampled_from(FLOORS), st.lists(requests, min_size=1, max_size=6))
 def test_evaluate_agrees_with_the_naive_evaluator(
     made: list[dict[str, Any]], floor: dict[str, Any] | None, asked: list[AccessRequest]
@@ -152,7 +152,7 @@ def test_evaluate_agrees_with_the_naive_evaluator(
         assert told(decision) == evaluate_naive(one, effective, LOADED)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rules(), requests, st.randoms())
 def test_order_of_rules_never_matters_to_the_effect(
     made: list[dict[str, Any]], asked: AccessRequest, any_: Any
@@ -164,7 +164,7 @@ def test_order_of_rules_never_matters_to_the_effect(
     assert (first.effect, first.denied_by, first.obligations) == (second.effect, second.denied_by, second.obligations)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rules(), requests)
 def test_an_added_deny_never_makes_an_allow(made: list[dict[str, Any]], asked: AccessRequest) -> None:
     more = [*made, {"id": "added", "effect": "deny", "when": {"roles_any": ["app"]}}]
@@ -174,7 +174,7 @@ def test_an_added_deny_never_makes_an_allow(made: list[dict[str, Any]], asked: A
     assert not (before.effect is Effect.DENY and after.effect is Effect.ALLOW)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rules())
 def test_a_document_reads_back_from_its_canonical_text(made: list[dict[str, Any]]) -> None:
     document = read_document(document_value(rules=made, **SECTIONS))

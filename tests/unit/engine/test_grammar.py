@@ -80,7 +80,7 @@ def compound(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SCHEMAS = st.recursive(SCALARS, compound, max_leaves=8)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(of=SCHEMAS, seed=st.integers(0, 2**31))
 def test_whatever_is_drawn_the_output_is_of_the_schema(of: Any, seed: int) -> None:
     (output,) = run(bytes_core(), [schema(of)], seed, temperature=1.5)

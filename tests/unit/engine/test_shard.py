@@ -42,7 +42,7 @@ def said(**changes: Any) -> dict[str, Any]:
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.dictionaries(st.text(max_size=12), st.tuples(shapes, st.sampled_from(KINDS)), max_size=6))
 def test_what_safetensors_writes_is_read_bit_for_bit(
     tmp_path: Path, drawn: dict[str, tuple[tuple[int, ...], torch.dtype]]
