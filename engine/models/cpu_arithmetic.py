@@ -94,11 +94,16 @@ class CpuArithmetic:
     ) -> Tensor:
         groups, size = cache.key.shape[2:]
         heads = fused.view(fused.shape[0], -1, size)
-        query, key, value = torch.split(heads, [heads.shape[1] - 2 * groups, groups, groups], dim=1)
+        turned, value = torch.split(heads, [heads.shape[1] - groups, groups], dim=1)
         if norm is not None:
-            query, key = rms_norm(query, norm.query, norm.epsilon), rms_norm(key, norm.key, norm.epsilon)
-        store_kv(rope(key, rotation.cos, rotation.sin), value, cache.key, cache.value, inputs.slots)
-        return rope(query, rotation.cos, rotation.sin)
+            query, key = torch.split(turned, [turned.shape[1] - groups, groups], dim=1)
+            turned = torch.cat(
+                (rms_norm(query, norm.query, norm.epsilon), rms_norm(key, norm.key, norm.epsilon)), dim=1
+            )
+        turned = rope(turned, rotation.cos, rotation.sin)  # both at once: for a few rows every call counts
+        query, key = torch.split(turned, [turned.shape[1] - groups, groups], dim=1)
+        store_kv(key, value, cache.key, cache.value, inputs.slots)
+        return query
 
     def attention(self, inputs: StepInputs, query: Tensor, cache: KVCache, scale: float) -> Tensor:
         return paged_attention(query, cache.key, cache.value, inputs.attention, scale, self._segment)
