@@ -66,8 +66,8 @@ RANDOM_PAGE_BYTES = 8192
 class RandomPages:
     """The system's random bytes, asked for by the page. For one thread.
 
-    The writer draws eight times a record. Each call of the system lets go of the interpreter, and on a busy gateway
-    another thread then keeps it for milliseconds. No byte is given out twice.
+    The writer draws eight times a record, the gateway twice a request. Each call of the system lets go of the
+    interpreter, and on a busy gateway another thread then keeps it for milliseconds. No byte is given out twice.
     """
 
     def __init__(self, source: Random = os.urandom) -> None:

@@ -9,7 +9,6 @@ Requests walk the middlewares from the outside in:
 from __future__ import annotations
 
 import gc
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 import migrations
+from audit.content import RandomPages
 from audit.identifier import NOISE_BYTES, uuid7
 from audit.log import AuditLog, LogSettings
 from audit.reader import AuditReader
@@ -140,6 +140,7 @@ def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> Ap
             log,
             telemetry,
             clock,
+            RandomPages(),
             weight=settings.engine.weight,
             max_governed=settings.limits.max_governed,
             max_of_tenant=settings.limits.max_governed_per_tenant,
@@ -200,11 +201,10 @@ def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:
         public_paths(app),
         on_refusal=state.telemetry.gateway.count_refusal,
     )
-    return Containment(RequestIdentification(authenticated, _new_request_id))
-
-
-def _new_request_id() -> str:
-    return uuid7(int(time.time() * 1000), secrets.token_bytes(NOISE_BYTES))
+    random = RandomPages()  # asked for by the loop alone, as the pipeline asks its own
+    return Containment(
+        RequestIdentification(authenticated, lambda: uuid7(int(time.time() * 1000), random(NOISE_BYTES)))
+    )
 
 
 class Server(uvicorn.Server):

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import secrets
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import TypeVar
 
+from audit.content import Random
 from audit.log import AuditLog
 from audit.records import Json, ModelEntry, Record, TimingEntry, request_completed, request_denied, request_received
 from audit.writer import LogUnavailable
@@ -56,6 +57,7 @@ EXPLAIN = "policy.explain"
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is rendered, inspected and counted beside the event loop
 ENTERING_POLL_S = 0.01  # while draining
+SALTS = 1_024  # of tenants, that are kept; another is worked out again
 NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
@@ -113,6 +115,7 @@ class Pipeline:
         log: AuditLog,
         telemetry: Telemetry,
         clock: Clock,
+        random: Random,
         *,
         weight: Callable[[str], int],
         max_governed: int,
@@ -126,6 +129,7 @@ class Pipeline:
         self._log = log
         self._telemetry = telemetry
         self._clock = clock
+        self._random = random
         self._weight = weight
         self._max_governed = max_governed
         self._max_of_tenant = max_of_tenant or -(-3 * max_governed // 4)
@@ -135,7 +139,8 @@ class Pipeline:
         self._entering = 0  # questions that wait for the log; they will be governed, or are being denied
         self._draining = False
         # Cached blocks live and die with this process, and so does the key that keeps tenants apart among them.
-        self._salt_key = secrets.token_bytes(32)
+        salt_key = random(32)
+        self._salt = lru_cache(SALTS)(lambda tenant: hmac.digest(salt_key, tenant.encode(), "sha256"))
 
     async def answer(self, question: Question) -> Answer:
         """Return an answer whose prompt is on record.
@@ -391,7 +396,9 @@ class Pipeline:
             except RequestRefused as refused:
                 error = errors.invalid_request(str(refused), param=request.structure_field)
                 raise Denied(error, decision, verdicts) from None
-        return _sampling(request, obligations, structure, self._engine.context_length - len(prompts[0]))
+        # Unseeded means unpredictable, not unrepeatable: the seed that is drawn here is on record.
+        seed = request.seed if request.seed is not None else int.from_bytes(self._random(8), "big") & MAX_SEED
+        return _sampling(request, obligations, structure, self._engine.context_length - len(prompts[0]), seed)
 
     def _reserve(self, grant: Grant) -> None:
         """Reserve the prompt and the longest possible output in every bucket, or refuse."""
@@ -502,9 +509,6 @@ class Pipeline:
         task.add_done_callback(lambda _: self._leave(tenant))
         return generation.outbox
 
-    def _salt(self, tenant: str) -> bytes:
-        return hmac.digest(self._salt_key, tenant.encode(), "sha256")
-
     def forget_cache(self, tenant: str) -> None:
         """Let nothing of what the engine computed for a tenant be found again."""
         self._engine.reset_cache(self._salt(tenant))
@@ -559,12 +563,13 @@ def _sampling_body(grant: Grant) -> dict[str, Json]:
     return sampling_body(grant.sampling, request.choices, grant.obligations)
 
 
-def _sampling(request: TextRequest, obligations: Obligations, structure: Structure | None, room: int) -> SamplingParams:
+def _sampling(
+    request: TextRequest, obligations: Obligations, structure: Structure | None, room: int, seed: int
+) -> SamplingParams:
     params = obligations.params
     return SamplingParams(
         max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-        # Unseeded means unpredictable, not unrepeatable: the seed that is drawn here is on record.
-        seed=request.seed if request.seed is not None else secrets.randbelow(MAX_SEED + 1),
+        seed=seed,
         temperature=float(params.temperature),
         top_p=float(params.top_p),
         top_k=request.top_k or 0,
