@@ -30,6 +30,7 @@ from engine.plan import BLOCK_SIZE, Draw, Interrupted, PastTokens, Reading, RowP
 from engine.pooling import pool
 from engine.request import Pooling, SamplingParams, TokenLogprob
 from engine.transfer import Outbox, fetch
+from kernels.launch import TABLE
 from kernels.mixed_attention import Decodes, Mixed, Prefills
 
 Sent = Sequence[Tensor]
@@ -81,12 +82,15 @@ class DeviceRunner:
     def block_count(self) -> int:
         return self._block_count
 
-    def warm_up(self) -> None:
-        """Carry out steps of every kind, so that every kernel that a request may wish for is compiled before it comes.
+    def warm_up(self, most_rows: int) -> None:
+        """Carry out steps of every kind and one of `most_rows` tokens, so that what a request may wish for is compiled
+        before it comes, and memory that is too little for it is found out now.
 
-        What they store lies in the first block, which belongs to nobody yet.
+        What is left is compiled when it is met: more than 16 biases, and products of adapters whose blocks have other
+        widths. What decode keeps of segments grows with the contexts, and is not asked for here.
+        What they store lies in the first block, which belongs to nobody yet, and rows write over each other's.
         """
-        for plan in warming_steps():
+        for plan in (*warming_steps(), *adapter_steps(self._adapters.kinds, most_rows), widest_step(most_rows)):
             self.run(plan)
 
     @torch.inference_mode()
@@ -158,6 +162,43 @@ def warming_steps() -> tuple[StepPlan, StepPlan]:
         wishes.append(row(start, 1, draw, logit_bias=bias, repetition_penalty=factor, top_p=share))
     tiers = [row(2 + at, 1, Draw(0), logprobs=True, top_logprobs=tier) for at, tier in enumerate(TIERS)]
     return StepPlan(tuple(wishes)), StepPlan((row(0, 2, Draw(1)), *tiers))
+
+
+def adapter_steps(kinds: Sequence[Names], most_rows: int) -> list[StepPlan]:
+    """Return a step for every launch of the adapters' kernel, which goes by the rows that one has on average."""
+    averages = (1, *(entry.at_most + 1 for entry in TABLE if entry.operation == "gemm"))
+    counts = [(kind, (average - 1) * len(kind) + 1) for kind in kinds for average in averages]
+    draw = SamplingParams(max_tokens=1, seed=0)
+    return [
+        StepPlan(tuple(RowPlan((0,) * tokens, 0, (0,), draw, (Draw(0),), adapter=kind[0]) for tokens in _filled(count)))
+        for kind, count in counts
+        if count <= most_rows
+    ]
+
+
+def widest_step(most_rows: int) -> StepPlan:
+    """Return a step that wishes for everything at as many tokens as there may be."""
+    everything = SamplingParams(
+        max_tokens=1,
+        seed=0,
+        logit_bias=((0, 1.0),),
+        repetition_penalty=1.1,
+        top_p=0.5,
+        logprobs=True,
+        top_logprobs=TIERS[-1],
+    )
+    past = PastTokens((0,))
+    return StepPlan(
+        tuple(
+            RowPlan((0,) * tokens, 0, (0,), everything, tuple(Draw(at, past, mask=b"\xff") for at in range(tokens)))
+            for tokens in _filled(most_rows)
+        )
+    )
+
+
+def _filled(tokens: int) -> list[int]:
+    """Return the tokens of rows of one block each, filled one after another."""
+    return [min(BLOCK_SIZE, tokens - first) for first in range(0, tokens, BLOCK_SIZE)]
 
 
 def _table(rows: Sequence[RowPlan]) -> npt.NDArray[np.int32]:

@@ -24,6 +24,7 @@ from engine.device import (
     choose_attention,
     choose_products,
     named_refusals,
+    refuse_cache,
     refuse_too_many_blocks,
     verify_device_adapters,
 )
@@ -107,7 +108,7 @@ class DeviceModel:
         with named_refusals(self.arithmetic.device):
             verify_device_adapters(adapters.values(), self.most_rows, self.arithmetic.device)
             runner = DeviceRunner(self.model, self.arithmetic, blocks, adapters, kv_cache_dtype)
-            runner.warm_up()
+            runner.warm_up(self.most_rows)
         return runner
 
 
@@ -121,6 +122,7 @@ def load_device_model(
     config = configuration(reading.json("config.json"))
     if not isinstance(config, DecoderConfig):
         raise UnsupportedModel(f"`{config.architecture}` is served on the CPU only; set `device` to `cpu`")
+    refuse_cache(device, kv_cache_dtype)
     with named_refusals(device):
         products = choose_products(config, most_rows, device)
         attention = choose_attention(config, device, CACHED_AS[kv_cache_dtype])

@@ -86,12 +86,13 @@ def device_policy(
         "host": {
             "machine": platform.machine(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
+            "instructions": _instructions(),
             "numpy": np.__version__,
         },
         "torch": torch.__version__,
         "build": "sha256:" + hashlib.sha256(torch.__config__.show().encode()).hexdigest(),
         "triton": _version("triton"),
-        "environment": {name: environment[name] for name in _GPU_SWITCHES if name in environment},
+        "environment": {name: environment[name] for name in (*_SWITCHES, *_GPU_SWITCHES) if name in environment},
         "dtype": "bfloat16",
         "linear": {f"{rows}x{columns}": name for (rows, columns), name in linears.items()},
         "linear_few_rows": linear_kernel.FEW_ROWS,
@@ -151,30 +152,42 @@ def digest(policy: Mapping[str, object]) -> str:
 # What makes a library choose other kernels on the same machine.
 _SWITCHES = (
     "ATEN_CPU_CAPABILITY",
+    "DNNL_CPU_ISA_HINTS",
+    "DNNL_DEFAULT_FPMATH_MODE",
     "DNNL_MAX_CPU_ISA",
     "MKL_CBWR",
     "MKL_ENABLE_INSTRUCTIONS",
     "NPY_DISABLE_CPU_FEATURES",
+    "NPY_ENABLE_CPU_FEATURES",
+    "ONEDNN_CPU_ISA_HINTS",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
 )
 _GPU_SWITCHES = (
     "CUBLASLT_WORKSPACE_SIZE",
     "CUBLAS_WORKSPACE_CONFIG",
+    "DISABLE_PTXAS_OPT",
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "PTXAS_OPTIONS",
     "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_CUBLASLT_UNIFIED_WORKSPACE",
     "TRITON_DEFAULT_FP_FUSION",
+    "TRITON_KERNEL_OVERRIDE",
+    "TRITON_LIBDEVICE_PATH",
+    "TRITON_OVERRIDE_ARCH",
+    "TRITON_OVERRIDE_DIR",
     "TRITON_PTXAS_PATH",
 )
 _DRIVER_SAYS = ("/sys/module/nvidia/version", "/proc/driver/nvidia/version")
 _CUBLAS = re.compile(r"/\S*libcublasLt\.so\S*")
-_ARITHMETIC = frozenset(
+ARITHMETIC = frozenset(
     {
         "adapter_stacks.py",
         "adapters.py",
         "arithmetic.py",
         "borrowed.py",
+        "borrowed_config.py",
         "cpu_arithmetic.py",
         "decoder.py",
         "device.py",
@@ -185,13 +198,17 @@ _ARITHMETIC = frozenset(
         "looks.py",
         "model_runner.py",
         "paged_step.py",
+        "plan.py",
         "pooling.py",
         "products.py",
         "rope_table.py",
         "rows.py",
         "sampler.py",
+        "sequence.py",
+        "shard.py",
         "transfer.py",
         "triton_arithmetic.py",
+        "weights.py",
     }
 )
 
@@ -209,7 +226,7 @@ def _sources(*packages: str) -> str:
     mixed = hashlib.sha256()
     for package in packages:
         for file in sorted(files(package).iterdir(), key=lambda file: file.name):
-            if file.name.endswith(".py") and (package == "kernels" or file.name in _ARITHMETIC):
+            if file.name.endswith(".py") and (package == "kernels" or file.name in ARITHMETIC):
                 mixed.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return "sha256:" + mixed.hexdigest()
 

@@ -10,7 +10,8 @@ float32, and the result rounded once. `gemm_silu_mul` rounds gate and up before 
 What this rests on and no interpreter can show: that the matrix units of a GPU add up an element alike for every tile,
 `mma.sync` (16 rows) like `wgmma` (64 and more), and like the library's. `verify_invariance` of linear.py compares them
 byte for byte on the machine; tests/benchmarks/kernels/bench_gemm.py prints which of them agree. It has not been run on
-a GPU yet.
+a GPU yet. Where they do not agree there is `gemm_one_tile`: every program takes as many rows and columns as every
+other, however many rows there are.
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ def gemm_silu_mul(
     if gate_up.shape[0] % 2:
         raise ShapeError(f"`gate_up` has shape {list(gate_up.shape)}, not [2I, K]")
     return _launch(x, gate_up, None, gate_up.shape[0] // 2, True, launch)
+
+
+def gemm_one_tile(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `gemm` by tiles of one size: a row's bits are the same by construction. Slow for many rows."""
+    return gemm(x, weight, bias, launch_for("gemm_one_tile", x.shape[0], device_of(x)))
+
+
+def gemm_silu_mul_one_tile(x: Tensor, gate_up: Tensor) -> Tensor:
+    """Return `gemm_silu_mul` likewise."""
+    return gemm_silu_mul(x, gate_up, launch_for("gemm_one_tile", x.shape[0], device_of(x)))
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 try:
     import triton
     import triton.language as tl
+    from triton.runtime.errors import OutOfResources
 except ImportError:
     triton = tl = None
 
-__all__ = ["INTERPRETED", "Block", "Pointer", "Scalar", "jit", "narrow", "product", "tl"]
+    class OutOfResources(Exception):  # type: ignore[no-redef]
+        """A kernel asks for more than a multiprocessor has."""
+
+
+__all__ = ["INTERPRETED", "Block", "OutOfResources", "Pointer", "Scalar", "jit", "narrow", "product", "tl"]
 
 INTERPRETED: bool = triton is not None and bool(triton.knobs.runtime.interpret)
 

@@ -61,6 +61,8 @@ TABLE = (
     Entry("gemm", ANY, 32, Launch(warps=4, stages=4, block_m=32, block_n=64, block_k=128)),
     Entry("gemm", ANY, 64, Launch(warps=4, stages=4, block_m=64, block_n=64, block_k=128)),
     Entry("gemm", ANY, 1 << 30, Launch(warps=8, stages=3, block_m=128, block_n=128, block_k=128)),
+    # As few columns as there may be: no number of rows makes them fewer.
+    Entry("gemm_one_tile", ANY, 1 << 30, Launch(warps=4, stages=4, block_m=64, block_n=16, block_k=128)),  # rows
     Entry("route", ANY, 1024, Launch(warps=1, stages=1)),  # experts
     Entry("grouped", ANY, 1024, Launch(warps=4, stages=1, block_n=1024)),  # groups
     Entry("experts", ANY, 1 << 30, Launch(warps=4, stages=1, block_n=1024)),  # elements of a row

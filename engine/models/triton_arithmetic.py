@@ -1,8 +1,9 @@
 """The arithmetic of a GPU: the kernels of kernels/, by their launchers. Triton's interpreter walks through the same on
 a CPU, which is how it is tested where there is no GPU.
 
-Products are chosen by shape (device.py): our own for few rows and the library's for more, or our own for all. Whether
-sequences of one token are told apart in attention was chosen with them.
+Products are chosen by shape (device.py): our own for few rows and the library's for more, or our own for all; where the
+matrix units do not agree at every height of a tile, our own in tiles of one size, which is slow and alike by
+construction. Whether sequences of one token are told apart in attention was chosen with them.
 
 A step may be given up between layers here as well: what was handed to the device by then is computed still, and what it
 stored is stored again by the step that comes after it on the same stream. Once the last layer is handed over nothing is
@@ -20,7 +21,7 @@ from torch import Tensor
 from engine.models.adapter_stacks import StepAdapters
 from engine.models.arithmetic import KVCache, LayerProduct, Rotation
 from engine.plan import Interrupted, StepInterrupted, never
-from kernels.gemm import gemm, gemm_silu_mul
+from kernels.gemm import gemm, gemm_one_tile, gemm_silu_mul, gemm_silu_mul_one_tile
 from kernels.linear import Linear, linear_by_rows, silu_mul_by_rows
 from kernels.low_rank import add_low_rank_batch_triton
 from kernels.mixed_attention import Mixed, mixed_attention
@@ -42,6 +43,7 @@ class DeviceProduct:
 PRODUCTS = {  # the faster first
     "by_rows": DeviceProduct(linear_by_rows, silu_mul_by_rows),
     "triton": DeviceProduct(gemm, gemm_silu_mul),
+    "triton_one_tile": DeviceProduct(gemm_one_tile, gemm_silu_mul_one_tile),
 }
 
 

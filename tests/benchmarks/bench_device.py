@@ -52,7 +52,7 @@ def start(config: DecoderConfig, device: torch.device, budget: int, gibibytes: i
     decoder = Decoder(config, draw_parameters(config, device), arithmetic)
     runner = DeviceRunner(decoder, arithmetic, blocks_in(gibibytes << 10, config))
     drawn = time.perf_counter()
-    runner.warm_up()
+    runner.warm_up(budget)
     print(
         f"tried in {tried - begun:.1f} s, warmed up in {time.perf_counter() - drawn:.1f} s; {runner.block_count} blocks"
     )

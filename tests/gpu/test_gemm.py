@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gemm import columns_of, gemm, gemm_reference, gemm_silu_mul, gemm_silu_mul_reference
+from kernels.gemm import (
+    columns_of,
+    gemm,
+    gemm_one_tile,
+    gemm_reference,
+    gemm_silu_mul,
+    gemm_silu_mul_one_tile,
+    gemm_silu_mul_reference,
+)
 from kernels.jit import INTERPRETED
 from kernels.launch import TABLE, launch_for
 from kernels.linear import linear_by_rows, verify_invariance
@@ -134,3 +142,16 @@ def test_few_rows_go_to_our_own_product_and_many_to_the_library(
     assert_near(linear_by_rows(x, weight), gemm_reference(x, weight))
     with pytest.raises(ShapeError, match="`x`"):
         linear_by_rows(x[:0], weight)
+
+
+def test_tiles_of_one_size_give_what_the_others_give_and_a_row_its_bits(
+    device: torch.device, generator: torch.Generator
+) -> None:
+    most = 17 if INTERPRETED else 2048
+    assert verify_invariance(gemm_one_tile, (48, 173), torch.bfloat16, most, device.type)
+    x, weight = draw(generator, device, torch.bfloat16, most, 96), draw(generator, device, torch.bfloat16, 48, 96)
+    bias = weight[:, 0].contiguous()
+    assert_near(gemm_one_tile(x, weight, bias), gemm_reference(x, weight, bias))
+    opened = gemm_silu_mul_one_tile(x, weight)
+    assert torch.equal(opened[:3], gemm_silu_mul_one_tile(x[:3], weight))
+    assert_near(opened, gemm_silu_mul_reference(x, weight))

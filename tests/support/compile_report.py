@@ -154,8 +154,8 @@ def _case(
 
 
 def _gemms() -> Iterator[Case]:
-    for rows in (16, 32, 64, 2048):
-        launch = launch_for("gemm", rows, DEVICE)
+    for operation, rows in (*(("gemm", rows) for rows in (16, 32, 64, 2048)), ("gemm_one_tile", 2048)):
+        launch = launch_for(operation, rows, DEVICE)
         for silu, width, depth, dtype in (
             (False, 4096, 12288, "*bf16"),
             (False, 1003, 1000, "*fp16"),
@@ -167,7 +167,7 @@ def _gemms() -> Iterator[Case]:
             blocks["BLOCK_N"] = columns_of(launch, width, -(-rows // launch.block_m), silu)
             constants = {"WIDTH": width, "DEPTH": depth, "SILU": silu, **blocks}
             label = f"{rows} × {width} × {depth}{' silu' if silu else ''}"
-            yield Case("gemm", rows, label, _gemm_kernel, types, constants)
+            yield Case(operation, rows, label, _gemm_kernel, types, constants)
 
 
 def _samples() -> Iterator[Case]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ from engine.device import (
     CPU,
     DeviceUnavailable,
     choose_products,
+    named_build,
+    named_refusals,
+    named_start,
     open_device,
+    refuse_cache,
     refuse_too_many_blocks,
 )
 from engine.load import load_engine
@@ -23,6 +28,7 @@ from engine.model_runner import InvarianceUnavailable
 from engine.models.triton_arithmetic import DeviceProduct
 from engine.numeric_policy import device_policy, digest
 from engine.reading import Reading
+from kernels.jit import OutOfResources
 from kernels.linear import linear_fixed_tiles
 from kernels.silu_mul import silu_mul
 from tests.support.device_engine import TINY, config_of
@@ -84,6 +90,17 @@ def test_a_gate_that_leans_takes_its_product_with_it() -> None:
     assert {shape for shape, name in chosen.items() if name == "sure"} == {(2 * TINY.inner, TINY.hidden)}
 
 
+def test_a_gate_that_opens_otherwise_beside_an_adapter_takes_its_product_with_it() -> None:
+    """Rows beside an adapter's are multiplied first and gated then; rows among themselves are gated on the way out."""
+
+    def gate(x: Tensor, weight: Tensor) -> Tensor:
+        return fixed_gate(x, weight) * 1.01
+
+    products = {"fast": DeviceProduct(linear_fixed_tiles, gate), "sure": FIXED}
+    chosen = choose_products(CONFIG, 64, CPU, products)
+    assert {shape for shape, name in chosen.items() if name == "sure"} == {(2 * TINY.inner, TINY.hidden)}
+
+
 def test_a_bias_that_leans_takes_its_product_with_it() -> None:
     def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear_fixed_tiles(x, weight, bias) if bias is None else leaning(x, weight, bias)
@@ -116,6 +133,29 @@ def test_more_blocks_than_a_kernel_counts_are_refused_by_name() -> None:
         refuse_too_many_blocks(CONFIG, most + 1)
 
 
+def test_a_gpu_that_cannot_read_float8_refuses_such_a_cache_by_name() -> None:
+    older = torch.device("cuda", 0)
+    refuse_cache(older, "bfloat16", runs_on=lambda device: False)
+    refuse_cache(older, "fp8_e4m3", runs_on=lambda device: True)
+    with pytest.raises(DeviceUnavailable, match="`cuda:0` cannot read `fp8_e4m3`; set `kv_cache_dtype`"):
+        refuse_cache(older, "fp8_e4m3", runs_on=lambda device: False)
+
+
+def test_a_machine_that_cannot_build_a_kernel_says_what_it_lacks() -> None:
+    for lacking in (RuntimeError("no C compiler"), subprocess.CalledProcessError(1, "cc"), PermissionError()):
+        said = "cannot build a kernel for `cuda`: it needs a C compiler"
+        with pytest.raises(DeviceUnavailable, match=said), named_build("cuda"):
+            raise lacking
+
+
+def test_a_gpu_that_does_not_start_or_is_too_small_for_a_kernel_is_refused_by_name() -> None:
+    with pytest.raises(DeviceUnavailable, match="`cuda:1` cannot be started"), named_start("cuda:1"):
+        raise RuntimeError("busy or unavailable")
+    said = "`cuda:0` has multiprocessors with less memory"
+    with pytest.raises(DeviceUnavailable, match=said), named_refusals(torch.device("cuda", 0)):
+        raise OutOfResources(131_072, 101_376, "shared memory")
+
+
 def test_a_family_of_transformers_is_refused_on_a_gpu_by_name(tmp_path: Path, tiny_models: dict[str, Path]) -> None:
     values = json.loads((tiny_models["mistral"] / "config.json").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(values | {"sliding_window": 64}))
@@ -129,6 +169,8 @@ def test_everything_that_was_chosen_is_in_the_policy_of_a_device() -> None:
         device_policy(CPU, {**PRODUCTS, (80, 32): "by_rows"}, "decode_and_prefill", {}),
         device_policy(CPU, PRODUCTS, "prefill", {}),
         device_policy(CPU, PRODUCTS, "prefill", {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "HOME": "here"}),
+        device_policy(CPU, PRODUCTS, "prefill", {"MKL_CBWR": "COMPATIBLE"}),  # of the host, which makes the rotations
+        device_policy(CPU, PRODUCTS, "prefill", {"PTXAS_OPTIONS": "-O0"}),
     ]
     assert len({digest(policy) for policy in policies}) == len(policies)
     assert policies[3]["environment"] == {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}

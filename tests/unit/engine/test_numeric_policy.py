@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import KV_CACHE_DTYPES
-from engine.numeric_policy import digest, numeric_policy, with_kv_cache
+from engine.numeric_policy import ARITHMETIC, digest, numeric_policy, with_kv_cache
 
 ROOT = Path(__file__).parents[3]
 LINEARS = {(64, 64): "library", (64, 688): "fixed_tiles"}
@@ -39,6 +39,22 @@ def test_the_number_of_threads_is_in_it() -> None:
         assert numeric_policy(LINEARS, "fused") != before
     finally:
         torch.set_num_threads(threads)
+
+
+def test_every_file_of_the_engine_that_touches_numbers_is_digested_or_known_to_decide_no_bit() -> None:
+    decides_none = {"load.py", "model.py", "model_loading.py", "numeric_policy.py", "operations.py", "probe.py"}
+    touching = {
+        file.name
+        for folder in ("engine", "engine/models")
+        for file in (ROOT / folder).glob("*.py")
+        if re.search("^(import|from) (torch|numpy)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert touching - decides_none <= ARITHMETIC
+    # Where a token stands, which may not be drawn there, and which keys a family's layers see:
+    assert {"plan.py", "sequence.py", "borrowed_config.py"} <= ARITHMETIC
+    assert {
+        name for name in ARITHMETIC if not any((ROOT / at / name).is_file() for at in ("engine", "engine/models"))
+    } == set()
 
 
 def test_two_processes_agree_and_a_switch_of_the_libraries_shows() -> None:

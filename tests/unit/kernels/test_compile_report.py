@@ -46,7 +46,7 @@ def test_no_sum_of_attention_takes_a_product_in_where_the_other_kernel_might_not
 
 
 def test_products_of_many_rows_reach_them_too_and_round_gate_and_up_apart(report: list[dict[str, Any]]) -> None:
-    products = [used for used in report if used["operation"] == "gemm"]
+    products = [used for used in report if used["operation"].startswith("gemm")]
     assert {used["wgmma"] for used in products if used["size"] >= 64} == {True}
     assert [used for used in products if used["contracted"]] == []
 
