@@ -51,6 +51,7 @@ def numeric_policy(
         "numpy": np.__version__,
         "environment": {name: os.environ[name] for name in _SWITCHES if name in os.environ},
         "threads": torch.get_num_threads(),
+        "onednn": _onednn(),
         "dtype": "bfloat16",
         "linear": {f"{rows}x{columns}": name for (rows, columns), name in linears.items()},
         "linear_tile_rows": linear_kernel.TILE_M,
@@ -229,6 +230,14 @@ def _sources(*packages: str) -> str:
             if file.name.endswith(".py") and (package == "kernels" or file.name in ARITHMETIC):
                 mixed.update(f"{file.name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return "sha256:" + mixed.hexdigest()
+
+
+def _onednn() -> dict[str, object]:
+    """Return what a program around the engine may have set for the whole process: it may let products of float32, by
+    which `segment_tiled` goes, be of bfloat16."""
+    library: Any = torch.backends.mkldnn
+    said = library.matmul.fp32_precision
+    return {"enabled": library.enabled, "float32": "ieee" if said == "none" else said}
 
 
 def _instructions() -> str:

@@ -41,6 +41,21 @@ def test_the_number_of_threads_is_in_it() -> None:
         torch.set_num_threads(threads)
 
 
+def test_what_a_program_around_the_engine_sets_for_its_products_is_in_it() -> None:
+    before = numeric_policy(LINEARS, "tiled")
+    torch.set_float32_matmul_precision("medium")  # products of float32 may be of bfloat16 then
+    try:
+        assert numeric_policy(LINEARS, "tiled") != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        assert numeric_policy(LINEARS, "tiled") != before
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=True)
+    assert numeric_policy(LINEARS, "tiled") == before
+
+
 def test_every_file_of_the_engine_that_touches_numbers_is_digested_or_known_to_decide_no_bit() -> None:
     decides_none = {"load.py", "model.py", "model_loading.py", "numeric_policy.py", "operations.py", "probe.py"}
     touching = {
