@@ -78,17 +78,31 @@ def choose_linears(
         InvarianceUnavailable: for one of the shapes none is.
     """
     products = products_here() if products is None else products
-    return {shape: choose_linear(shape, most_rows, products) for shape in sorted(set(config.linear_shapes()))}
+    biased = (sum(config.qkv_sizes), config.hidden_size) if config.qkv_bias else None
+    return {
+        shape: choose_linear(shape, most_rows, products, biased=shape == biased)
+        for shape in sorted(set(config.linear_shapes()))
+    }
 
 
 def choose_linear(
-    shape: Shape, most_rows: int, products: Mapping[str, Product] = LINEARS, dtype: torch.dtype = torch.bfloat16
+    shape: Shape,
+    most_rows: int,
+    products: Mapping[str, Product] = LINEARS,
+    dtype: torch.dtype = torch.bfloat16,
+    biased: bool = False,  # whether a bias is added to some of its products
 ) -> str:
     """Return the name of the fastest product that is invariant here for a weight. Raises InvarianceUnavailable."""
     for name, product in products.items():
-        if verify_invariance(product.multiply, shape, dtype, most_rows, pack=product.pack):
+        uses = [product.multiply, *([_with_bias(product.multiply, shape[0], dtype)] if biased else [])]
+        if all(verify_invariance(use, shape, dtype, most_rows, pack=product.pack) for use in uses):
             return name
     raise InvarianceUnavailable("no matrix product of this machine is invariant; answers could not be replayed")
+
+
+def _with_bias(multiply: Linear, width: int, dtype: torch.dtype) -> Linear:
+    bias = torch.randn(width, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    return lambda x, weight, _: multiply(x, weight, bias)
 
 
 def choose_segment(config: ModelShape) -> str:

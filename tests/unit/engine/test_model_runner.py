@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.config import KV_CACHE_DTYPES
 from engine.model_runner import (
@@ -20,7 +21,9 @@ from engine.model_runner import (
 )
 from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan
 from engine.request import SamplingParams
+from kernels.linear import linear_fixed_tiles
 from kernels.paged_attention import SEGMENTS
+from tests.support.device_engine import TINY, config_of
 from tests.support.model_engine import LoadedModel, load_model
 
 GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0, logprobs=True, top_logprobs=5)
@@ -108,6 +111,17 @@ def test_each_shape_of_the_model_has_a_product(model: LoadedModel) -> None:
     assert set(chosen) == set(model.config.linear_shapes())
     assert set(chosen.values()) <= set(PACKED | LINEARS)
     assert choose_segment(model.config) in SEGMENTS
+
+
+def test_a_product_that_leans_where_a_bias_is_added_is_not_taken_for_one() -> None:
+    def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_fixed_tiles(x, weight, bias) + (0 if bias is None else x.shape[0])
+
+    products = {"fast": Product(multiply), "sure": Product(linear_fixed_tiles)}
+    config = config_of("qwen2", TINY)
+    chosen = choose_linears(config, 64, products)
+    assert {shape for shape, name in chosen.items() if name == "sure"} == {(sum(config.qkv_sizes), TINY.hidden)}
+    assert set(choose_linears(config_of("llama", TINY), 64, products).values()) == {"fast"}
 
 
 def test_a_machine_without_an_invariant_product_does_not_start(model: LoadedModel) -> None:
