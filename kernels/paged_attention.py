@@ -60,7 +60,8 @@ def paged_attention(
     Raises:
         ShapeError: an argument disagrees with the shapes or dtypes above.
 
-    Cost: one pass over the keys and values of each sequence for every 16 rows (token, head of a group).
+    Cost: one pass over the keys and values of each sequence for every 16 rows (token, head of a group), of a long run
+    for every 1,024.
     """
     tokens, heads, size = query.shape
     check_shape("value_cache", value_cache, *key_cache.shape)
