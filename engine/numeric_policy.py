@@ -52,6 +52,7 @@ def numeric_policy(
         "environment": {name: os.environ[name] for name in _SWITCHES if name in os.environ},
         "threads": torch.get_num_threads(),
         "onednn": _onednn(),
+        "denormals": _keeps_denormals(),
         "dtype": "bfloat16",
         "linear": {f"{rows}x{columns}": name for (rows, columns), name in linears.items()},
         "linear_tile_rows": linear_kernel.TILE_M,
@@ -238,6 +239,11 @@ def _onednn() -> dict[str, object]:
     library: Any = torch.backends.mkldnn
     said = library.matmul.fp32_precision
     return {"enabled": library.enabled, "float32": "ieee" if said == "none" else said}
+
+
+def _keeps_denormals() -> bool:
+    """Return whether numbers below the least normal one are computed with here, or taken for zeros."""
+    return bool(torch.full((1,), 1e-38) * 0.01 != 0)
 
 
 def _instructions() -> str:

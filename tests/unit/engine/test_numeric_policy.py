@@ -41,13 +41,18 @@ def test_the_number_of_threads_is_in_it() -> None:
         torch.set_num_threads(threads)
 
 
-def test_what_a_program_around_the_engine_sets_for_its_products_is_in_it() -> None:
+def test_what_a_program_around_the_engine_sets_for_its_arithmetic_is_in_it() -> None:
     before = numeric_policy(LINEARS, "tiled")
     torch.set_float32_matmul_precision("medium")  # products of float32 may be of bfloat16 then
     try:
         assert numeric_policy(LINEARS, "tiled") != before
     finally:
         torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(True)
+    try:
+        assert numeric_policy(LINEARS, "tiled") != before
+    finally:
+        torch.set_flush_denormal(False)
     torch.backends.mkldnn.set_flags(_enabled=False)
     try:
         assert numeric_policy(LINEARS, "tiled") != before
