@@ -55,6 +55,15 @@ class DatabaseInUse(DatabaseRefused):
 READERS = 4  # connections that readers share
 CONNECT_TIMEOUT_S = 5
 
+# A server whose machine is gone says nothing at all: a connection to it must end, to be made anew.
+_NO_HANGING = {
+    "connect_timeout": CONNECT_TIMEOUT_S,
+    "tcp_user_timeout": CONNECT_TIMEOUT_S * 1000,
+    "keepalives_idle": CONNECT_TIMEOUT_S,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+}
+
 _SQLITE = {"journal_mode": {"wal"}, "synchronous": {"2", "3"}, "recursive_triggers": {"1"}, "foreign_keys": {"1"}}
 _POSTGRESQL = {
     "fsync": {"on"},
@@ -109,12 +118,16 @@ _PRAGMAS = frozenset(
 
 
 class Database:
-    """Where the log lies. `write` is the writer thread's one connection; readers share a pool of read-only ones."""
+    """Where the log lies. `writer` is the writer thread's one connection; readers share a pool of read-only ones.
 
-    def __init__(self, url: str, writer: Engine, reader: Engine, lock: int | None) -> None:
+    `watcher` reads too, on connections of its own: for what every answer waits for, and no officer may hold up.
+    """
+
+    def __init__(self, url: str, writer: Engine, reader: Engine, watcher: Engine, lock: int | None) -> None:
         self.url = url
         self.writer = writer
         self.reader = reader
+        self.watcher = watcher
         self._lock = lock
 
     @property
@@ -131,7 +144,7 @@ class Database:
         if dialect not in ("sqlite", "postgresql"):
             raise DatabaseUnsafe(f"`{dialect}` is not supported; use sqlite:/// or postgresql+psycopg://")
         lock = _lock(url) if dialect == "sqlite" else None
-        database = cls(url, _writer(url, dialect), reader_engine(url), lock)
+        database = cls(url, _writer(url, dialect), reader_engine(url), reader_engine(url), lock)
         try:
             database._check()
         except SQLAlchemyError as error:
@@ -144,6 +157,7 @@ class Database:
 
     def close(self) -> None:
         self.reader.dispose()
+        self.watcher.dispose()
         self.writer.dispose()  # last: it may write the write-ahead log back, and then the file alone is the log
         if self._lock is not None:
             os.close(self._lock)
@@ -185,7 +199,7 @@ def reader_engine(url: str) -> Engine:
         return engine
     return create_engine(
         url, pool_size=READERS, pool_pre_ping=True, hide_parameters=True,
-        connect_args={"options": "-c default_transaction_read_only=on", "connect_timeout": CONNECT_TIMEOUT_S},
+        connect_args={"options": "-c default_transaction_read_only=on", **_NO_HANGING},
     )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ Requests walk the middlewares from the outside in:
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from types import FrameType
 
@@ -32,13 +33,21 @@ from gateway.auth.authentication import Authentication
 from gateway.auth.permissions import public_paths
 from gateway.auth.trust import key_client, trusted_verifier
 from gateway.bounded_http import BoundedHttp
-from gateway.error_responses import Containment, install_error_handlers, report_engine_trouble, report_model_reading
+from gateway.error_responses import (
+    Containment,
+    install_error_handlers,
+    note_failure,
+    report_engine_trouble,
+    report_model_reading,
+)
 from gateway.identification import RequestIdentification
 from gateway.pipeline import Clock, Pipeline
 from gateway.routes import admin, audit, health, inference, models, policy, receipts
 from gateway.settings import Settings
+from gateway.standings import Standings
 from gateway.state import AppState
 from gateway.telemetry import Telemetry
+from policies.follower import Follower
 from policies.limits import DAY_S, Holder, LimitLedger, PastUse
 from policies.store import PolicyStore
 
@@ -121,7 +130,8 @@ def load_model(settings: Settings) -> Engine:
 def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> AppState:
     telemetry = Telemetry(settings.telemetry, engine.model.name)
     ledger = LimitLedger(clock.monotonic)
-    policies = PolicyStore(log.database.reader)
+    policies = PolicyStore(log.database.watcher)
+    standings = Standings(policies, settings.limits.max_governed)
     reader = AuditReader(log.database.reader, log.keyring, log.keystore)
     _restore_limits(ledger, reader, clock)
     return AppState(
@@ -131,11 +141,12 @@ def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> Ap
         log=log,
         reader=reader,
         policies=policies,
+        standings=standings,
         ledger=ledger,
         engine=engine,
         pipeline=Pipeline(
             engine,
-            policies,
+            standings,
             ledger,
             log,
             telemetry,
@@ -181,13 +192,33 @@ def _model_loaded(model: ModelVersion, numeric_policy: str) -> Record:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Serve, then end in order: no new requests, those in flight to their closing records, engine, log."""
     state: AppState = app.state.probity
+    follower = _follower(state, asyncio.get_running_loop())
+    await asyncio.to_thread(follower.start)
     yield
     await state.pipeline.drain(state.settings.server.drain_timeout_s)
     state.engine.close()
     await state.pipeline.drain(LAST_RECORDS_S)  # what the closed engine failed is put on record before the log closes
+    await asyncio.to_thread(follower.close)
     state.log.close()
     state.telemetry.close()
     await app.state.key_client.aclose()
+
+
+def _follower(state: AppState, loop: asyncio.AbstractEventLoop) -> Follower:
+    """Return what makes a change at another gateway hold here: streams of a tenant suspended there end here too."""
+    chosen = state.settings.policies
+    return Follower(
+        state.policies,
+        every_s=chosen.refresh_s,
+        patience_s=chosen.patience_s,
+        on_suspended=lambda tenant: _tell(loop, state.pipeline.forget_cache, tenant),
+        on_trouble=lambda error: note_failure("policies_not_refreshed", error),
+    )
+
+
+def _tell(loop: asyncio.AbstractEventLoop, act: Callable[[str], None], tenant: str) -> None:
+    with suppress(RuntimeError):  # the loop has ended, and with it what it would be told
+        loop.call_soon_threadsafe(act, tenant)
 
 
 def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:

@@ -44,6 +44,7 @@ from gateway.message import structure_of
 from gateway.schemas.bodies import InferenceRequest
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.schemas.inference import ChatRequest, CompletionRequest, TextRequest
+from gateway.standings import Standings
 from gateway.telemetry import Telemetry
 from policies.decision import Decision, DeniedBy, GuardrailSpec, Obligations, Reason
 from policies.document import EffectivePolicy
@@ -51,7 +52,7 @@ from policies.evaluate import evaluate
 from policies.guardrails import InputInspection, Verdict, inspect_input, merged
 from policies.limits import Holder, LimitLedger, LimitRefusal
 from policies.request import AccessRequest, RequestedParams
-from policies.store import PolicyStore, StoreUnavailable
+from policies.store import Standing, StoreUnavailable
 
 EXPLAIN = "policy.explain"
 UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
@@ -110,7 +111,7 @@ class Pipeline:
     def __init__(
         self,
         engine: Engine,
-        policies: PolicyStore,
+        standings: Standings,
         ledger: LimitLedger,
         log: AuditLog,
         telemetry: Telemetry,
@@ -124,7 +125,7 @@ class Pipeline:
         """`weight`: turns of a tenant among others; `max_of_tenant`: None is three quarters of `max_governed`."""
         self._engine = engine
         self._loaded = frozenset(engine.versions)
-        self._policies = policies
+        self._standings = standings
         self._ledger = ledger
         self._log = log
         self._telemetry = telemetry
@@ -200,16 +201,15 @@ class Pipeline:
 
     async def _explain(self, question: Question) -> Explanation:
         asked = replace(question, action=EXPLAIN)  # as it goes on record; decided on is what it is about
+        standing = await self._standing(question.principal.tenant)
         try:
-            grant = await self._decide(question, self._policy(question.principal.tenant))
+            grant = await self._decide(question, standing)
             self._reserve(grant)
         except Denied as denied:
-            error = await self._put_denial_on_record(asked, denied)
+            error = await self._put_denial_on_record(asked, denied, standing.policy)
             if "probity-receipt" not in error.headers:
                 raise error from None
             return Explanation(error.headers["probity-receipt"], denied.decision, denied.verdicts, None, error)
-        except StoreUnavailable:
-            raise errors.audit_unavailable() from None
         grant = replace(grant, question=asked)
         self._ledger.settle(question.request_id, grant.prompt_tokens)
         try:
@@ -239,14 +239,13 @@ class Pipeline:
 
     async def _enter(self, question: Question) -> Answer:
         """Decide, put on record, start the governed task."""
+        standing = await self._standing(question.principal.tenant)
         try:
             with self._telemetry.stage("probity.decide"):
-                grant = await self._decide(question, self._policy(question.principal.tenant))
+                grant = await self._decide(question, standing)
                 self._reserve(grant)
         except Denied as denied:
-            raise await self._put_denial_on_record(question, denied) from None
-        except StoreUnavailable:  # the same database: a denial could not be put on record either
-            raise errors.audit_unavailable() from None
+            raise await self._put_denial_on_record(question, denied, standing.policy) from None
         try:
             appending = self._clock.monotonic()
             with self._telemetry.stage("probity.record"):
@@ -270,16 +269,20 @@ class Pipeline:
 
     # --- deciding ---
 
-    def _policy(self, tenant: str) -> EffectivePolicy:
-        policy = self._policies.current(tenant)
+    async def _standing(self, tenant: str) -> Standing:
+        """Return what holds for the whole request. Raises: ApiError (503)."""
+        try:
+            return await self._standings.of(tenant)
+        except StoreUnavailable:  # the same database: a denial could not be put on record either
+            raise errors.audit_unavailable() from None
+
+    async def _decide(self, question: Question, standing: Standing) -> Grant:
+        """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
+        policy = standing.policy
         if policy is None:
             error = errors.policy_denied("no policy is active for this tenant; an administrator activates one")
             raise Denied(error, Decision.deny(DeniedBy.RULE, NO_POLICY, Reason("no_policy")))
-        return policy
-
-    async def _decide(self, question: Question, policy: EffectivePolicy) -> Grant:
-        """Return the grant, in the order of policy.md: status, rules, model, parameters, guardrails, context."""
-        if self._policies.suspended(question.principal.tenant):
+        if standing.suspended:
             raise Denied(errors.suspended(), Decision.deny(DeniedBy.STATUS, policy.digest, Reason("suspended")))
         decision = evaluate(self._access_request(question), policy, self._loaded)
         obligations = decision.obligations
@@ -441,27 +444,15 @@ class Pipeline:
             prompt_to_model=grant.prompt_to_model,
         )
 
-    def _known_alias(self, question: Question) -> str:
-        """Return the alias as the policy writes it. One that it does not know is the caller's own text: it may name a
-        person, a leaf cannot be erased, and the prompt as sent holds it anyway."""
-        try:
-            policy = self._policies.current(question.principal.tenant)
-        except StoreUnavailable:
-            return UNKNOWN_ALIAS
-        known = policy is not None and question.request.model in policy.models
-        return question.request.model if known else UNKNOWN_ALIAS
-
-    def _would_answer(self, question: Question) -> str:
+    def _would_answer(self, question: Question, policy: EffectivePolicy | None) -> str:
         """Return the version that the alias of a denied request stands for, where the policy knows it and it is here;
         else that of the model alone."""
-        try:
-            policy = self._policies.current(question.principal.tenant)
-        except StoreUnavailable:
-            policy = None
         model = policy.models.get(question.request.model) if policy is not None else None
         return model.version if model is not None and model.version in self._loaded else self._engine.model.digest
 
-    async def _put_denial_on_record(self, question: Question, denied: Denied) -> ApiError:
+    async def _put_denial_on_record(
+        self, question: Question, denied: Denied, policy: EffectivePolicy | None
+    ) -> ApiError:
         record = request_denied(
             tenant=question.principal.tenant,
             request_id=question.request_id,
@@ -469,7 +460,7 @@ class Pipeline:
             principal=principal_entry(question.principal),
             decision=decision_entry(denied.decision),
             code=denied.error.code,
-            model_alias=self._known_alias(question),
+            model_alias=_known_alias(question, policy),
             guardrails=guardrail_entries(denied.verdicts),
             identities=_identities(question),
             prompt=question.body,
@@ -482,7 +473,7 @@ class Pipeline:
             {
                 "probity-receipt": str(receipt),
                 "probity-policy": denied.decision.policy,
-                "probity-model": self._would_answer(question),
+                "probity-model": self._would_answer(question, policy),
             }
         )
 
@@ -497,7 +488,7 @@ class Pipeline:
             ledger=self._ledger,
             telemetry=self._telemetry,
             monotonic=self._clock.monotonic,
-            suspended=lambda: self._policies.suspended(tenant),
+            suspended=lambda: self._standings.suspended_meanwhile(tenant),
             cache_salt=self._salt(tenant),
             weight=self._weight(tenant),
             recorded=self._clock.monotonic(),
@@ -534,6 +525,13 @@ class Pipeline:
                 while self._entering or self._governed:
                     await (asyncio.wait(set(self._governed)) if self._governed else asyncio.sleep(ENTERING_POLL_S))
         return not (self._entering or self._governed)
+
+
+def _known_alias(question: Question, policy: EffectivePolicy | None) -> str:
+    """Return the alias as the policy writes it. One that it does not know is the caller's own text: it may name a
+    person, a leaf cannot be erased, and the prompt as sent holds it anyway."""
+    known = policy is not None and question.request.model in policy.models
+    return question.request.model if known else UNKNOWN_ALIAS
 
 
 def _shows_tokens(request: InferenceRequest) -> str | None:

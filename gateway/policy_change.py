@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -23,7 +24,7 @@ from audit.records import SYSTEM, Json, Record, RecordType
 from gateway.oversight import Officer, change_record
 from policies import store as stored
 from policies.document import FLOOR_TENANT, EffectivePolicy, PolicyDocument, compose
-from policies.store import PolicyStore, StaleGeneration
+from policies.store import PolicyStore, StaleGeneration, StoreUnavailable
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,8 @@ class PolicyChanges:
         finally:
             # Also where the outcome is unknown: what holds is what the database says.
             self._store.invalidate(change.tenant)
+            with suppress(StoreUnavailable):  # then the follower sees it, or nothing is decided any more
+                await asyncio.to_thread(self._store.refresh)  # answers in progress know of it when this returns
 
     # --- what is read before ---
 

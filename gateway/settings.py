@@ -136,6 +136,20 @@ class AuditSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """How gateways on one database keep in step."""
+
+    refresh_s: float = setting(
+        0.5, decimal_kind(0.05, 60, "s"), "how often changes that another gateway made are looked for"
+    )
+    patience_s: float = setting(
+        5.0,
+        decimal_kind(0.5, 3600, "s"),
+        "how long after it the policies in memory hold unconfirmed; then 503 `audit_unavailable`",
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSettings:
     """What answers. Which names reach it is a matter of policy."""
 
@@ -253,6 +267,7 @@ class Settings:
     server: ServerSettings = ServerSettings()
     database: DatabaseSettings = DatabaseSettings()
     audit: AuditSettings = AuditSettings()
+    policies: PolicySettings = PolicySettings()
     model: ModelSettings = ModelSettings()
     engine: EngineSettings = EngineSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

@@ -13,6 +13,7 @@ from engine.request import Engine
 from gateway.bounded_reads import BoundedReads
 from gateway.pipeline import Clock, Pipeline
 from gateway.settings import Settings
+from gateway.standings import Standings
 from gateway.telemetry import Telemetry
 from policies.limits import LimitLedger
 from policies.store import PolicyStore
@@ -26,6 +27,7 @@ class AppState:
     log: AuditLog
     reader: AuditReader
     policies: PolicyStore
+    standings: Standings  # the same, for the event loop
     ledger: LimitLedger
     engine: Engine
     pipeline: Pipeline

@@ -1,14 +1,19 @@
 """The policy store: every version that was accepted, which one holds, and whether a tenant is served.
 
-Reading gives an immutable snapshot per tenant, kept in memory until `invalidate`. Writing takes a connection: the
-caller brings the transaction in which the change's record is written too. Knows rows and documents, no log.
+Reading gives an immutable standing per tenant, kept in memory until something changes: here, which `invalidate` says,
+or at another gateway on the same database, which `refresh` finds. Who keeps refreshing is follower.py; once it does,
+what is remembered is good for a bounded time, and then nothing is decided: StoreUnavailable. Writing takes a
+connection: the caller brings the transaction in which the change's record is written too.
+
+Knows rows and documents, no log.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -28,14 +33,14 @@ from policies.document import (
 )
 from policies.tables import policy_version, tenant_state
 
-MAX_SNAPSHOTS = 4_096  # tenants whose policy is kept in memory
+MAX_STANDINGS = 4_096  # tenants whose policy is kept in memory
 
 # PolicyStoreError      catch this
 # ├── StaleGeneration   somebody changed it since; read it again
 # ├── NoSuchVersion     there is no such version
-# ├── VersionDamaged    its text in the database is not what was stored; nothing is served by it
 # ├── AlreadySo         it is active, suspended or resumed already
-# └── StoreUnavailable  the database does not answer: nothing may be decided
+# └── StoreUnavailable  the database does not answer, or has not for too long: nothing may be decided
+#     └── VersionDamaged  a version's text in the database is not what was stored; nothing is served by it
 
 
 class PolicyStoreError(Exception):
@@ -50,16 +55,16 @@ class NoSuchVersion(PolicyStoreError):
     """There is no such version."""
 
 
-class VersionDamaged(PolicyStoreError):
-    """A stored version's text does not have its digest."""
-
-
 class AlreadySo(PolicyStoreError):
     """There is nothing to change."""
 
 
 class StoreUnavailable(PolicyStoreError):
     """The database does not answer."""
+
+
+class VersionDamaged(StoreUnavailable):
+    """A stored version's text does not have its digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,50 +86,136 @@ class TenantState:
     generation: int  # 0 where nothing was ever stored
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What holds for a tenant: a request keeps the one that it started with."""
+
+    policy: EffectivePolicy | None  # under the floor; None where none is active
+    suspended: bool
+
+
 class PolicyStore:
     """Reads on `engine`; it is shared by all threads, its cache is replaced whole."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
+        self._monotonic = monotonic
         self._lock = Lock()
-        self._snapshots: dict[str, tuple[EffectivePolicy | None, bool]] = {}
-        self._epoch = 0  # counts invalidations
+        self._refreshing = Lock()  # held over a read: an older state never comes after a newer one
+        self._standings: dict[str, Standing] = {}
+        self._epoch = 0  # counts changes that came in
+        self._good_until: float | None = None  # monotonic seconds; None: nobody refreshes, `invalidate` says it all
+        self._seen: tuple[int, int] | None = None  # how many tenants have a state, and all their changes
+        self._generations: dict[str, int] = {}  # as they were seen
+        self._suspended: frozenset[str] = frozenset()  # as they were seen
+        self._newly_suspended: frozenset[str] = frozenset()
+        self.news: Callable[[], None] = lambda: None  # called where something changed here; set by who refreshes
+
+    # --- what holds now, from memory: for the event loop ---
+
+    def held(self, tenant: str) -> Standing | None:
+        """Return the tenant's standing if it is remembered. No I/O. Raises: StoreUnavailable."""
+        self._check_fresh()
+        return self._standings.get(tenant)
+
+    def suspended_meanwhile(self, tenant: str) -> bool:
+        """Whether a tenant that is being answered is suspended by now. No I/O. Raises: StoreUnavailable."""
+        self._check_fresh()
+        held = self._standings.get(tenant)
+        return tenant in self._suspended if held is None else held.suspended
+
+    @property
+    def fresh(self) -> bool:
+        """Whether what is remembered may be decided by."""
+        return self._good_until is None or self._monotonic() < self._good_until
+
+    def _check_fresh(self) -> None:
+        if not self.fresh:
+            raise StoreUnavailable("the policies were not confirmed for too long")
 
     # --- what holds now: no I/O after the first time ---
 
-    def current(self, tenant: str) -> EffectivePolicy | None:
-        """Return the tenant's policy under the floor, or None where none is active. Raises: StoreUnavailable."""
-        return self._snapshot(tenant)[0]
-
-    def suspended(self, tenant: str) -> bool:
-        """Raises: StoreUnavailable."""
-        return self._snapshot(tenant)[1]
-
-    def invalidate(self, tenant: str) -> None:
-        """Read anew after a change; a change of the floor concerns everybody."""
-        with self._lock:
-            self._epoch += 1
-            kept = {} if tenant == FLOOR_TENANT else self._snapshots
-            self._snapshots = {name: held for name, held in kept.items() if name != tenant}
-
-    def _snapshot(self, tenant: str) -> tuple[EffectivePolicy | None, bool]:
-        held = self._snapshots.get(tenant)
+    def standing(self, tenant: str) -> Standing:
+        """Raises: StoreUnavailable, of which VersionDamaged is one kind."""
+        held = self.held(tenant)
         if held is None:
             epoch = self._epoch
             try:
                 with self._engine.connect() as connection:
-                    held = _effective(connection, tenant), state(connection, tenant).suspended
+                    held = Standing(_effective(connection, tenant), state(connection, tenant).suspended)
             except SQLAlchemyError as error:
                 raise StoreUnavailable("the policies cannot be read") from error
             self._keep(tenant, held, epoch)
         return held
 
-    def _keep(self, tenant: str, held: tuple[EffectivePolicy | None, bool], epoch: int) -> None:
+    def current(self, tenant: str) -> EffectivePolicy | None:
+        """Return the policy of the tenant's standing."""
+        return self.standing(tenant).policy
+
+    def suspended(self, tenant: str) -> bool:
+        return self.standing(tenant).suspended
+
+    def _keep(self, tenant: str, held: Standing, epoch: int) -> None:
         """Keep what was read, unless a change came in while it was: else what is no more would hold for ever."""
         with self._lock:
             if self._epoch == epoch:
-                kept = self._snapshots if len(self._snapshots) < MAX_SNAPSHOTS else {}
-                self._snapshots = {**kept, tenant: held}
+                kept = self._standings if len(self._standings) < MAX_STANDINGS else {}
+                self._standings = {**kept, tenant: held}
+
+    # --- what changed ---
+
+    def invalidate(self, tenant: str) -> None:
+        """Read anew after a change; a change of the floor concerns everybody."""
+        self._forget({tenant})
+        self.news()
+
+    def refresh(self, good_for_s: float | None = None) -> None:
+        """See what changed anywhere, and forget what it concerns.
+
+        With `good_for_s`, what is remembered from now on may be decided by for so many seconds, and for none after.
+
+        Cost: one row, where nothing changed; where something did, a row a tenant.
+
+        Raises: StoreUnavailable.
+        """
+        with self._refreshing:
+            self._refresh(good_for_s)
+
+    def newly_suspended(self) -> frozenset[str]:
+        """Return the tenants that were seen to be suspended since this was asked the last time."""
+        with self._lock:
+            newly, self._newly_suspended = self._newly_suspended, frozenset()
+        return newly
+
+    def _refresh(self, good_for_s: float | None) -> None:
+        asked = self._monotonic()
+        try:
+            with self._engine.connect() as connection, connection.begin():
+                # A generation only grows, and a state is never removed: where the sum is the same, all of them are.
+                count, changes = connection.execute(_CHANGES).one()
+                seen = int(count), int(changes)
+                rows = [] if seen == self._seen else connection.execute(_STATES).all()
+        except SQLAlchemyError as error:
+            raise StoreUnavailable("the policies cannot be read") from error
+        if seen != self._seen:
+            self._take_over(seen, rows)
+        if good_for_s is not None:
+            self._good_until = asked + good_for_s
+
+    def _take_over(self, seen: tuple[int, int], rows: Sequence[Any]) -> None:
+        before, known = self._suspended, self._generations
+        self._generations = {row.tenant: row.generation for row in rows}
+        self._suspended = frozenset(row.tenant for row in rows if row.suspended)
+        self._forget({tenant for tenant, number in self._generations.items() if known.get(tenant) != number})
+        self._seen = seen
+        with self._lock:
+            self._newly_suspended |= self._suspended - before
+
+    def _forget(self, tenants: set[str]) -> None:
+        with self._lock:
+            self._epoch += 1
+            kept = {} if FLOOR_TENANT in tenants else self._standings
+            self._standings = {name: held for name, held in kept.items() if name not in tenants}
 
     # --- for administrators ---
 
@@ -150,6 +241,9 @@ class PolicyStore:
 
 
 # --- reading within a transaction ---
+
+_CHANGES = select(func.count(), func.coalesce(func.sum(tenant_state.c.generation), 0))
+_STATES = select(tenant_state.c.tenant, tenant_state.c.generation, tenant_state.c.suspended)
 
 
 def state(connection: Connection, tenant: str) -> TenantState:

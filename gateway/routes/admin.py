@@ -32,7 +32,7 @@ from policies.document import (
     read_submitted,
     warnings,
 )
-from policies.store import AlreadySo, NoSuchVersion, StaleGeneration, StoredVersion, TenantState
+from policies.store import AlreadySo, NoSuchVersion, StaleGeneration, StoredVersion, StoreUnavailable, TenantState
 
 router = APIRouter(prefix="/admin/tenants")
 
@@ -66,7 +66,7 @@ async def show_policy(request: Request, tenant: str) -> JSONResponse:
     if current.active_version is None:
         raise errors.not_found().with_headers({"etag": _etag(current.generation)})
     version = await _read(store.version, tenant, current.active_version)
-    effective = store.current(tenant)
+    effective = await _read(store.current, tenant)
     shown = _version(version) | {"effective_digest": None if effective is None else effective.digest}
     return _tagged(shown, current.generation)
 
@@ -183,7 +183,7 @@ async def _made(request: Request, making: Awaitable[T], change: Change) -> T:
         raise errors.not_found() from None
     except AlreadySo as already:
         raise problems.conflict(str(already)) from None
-    except (LogError, SQLAlchemyError):
+    except (LogError, SQLAlchemyError, StoreUnavailable):
         raise errors.audit_unavailable() from None
 
 
@@ -214,7 +214,7 @@ async def _read(read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.to_thread(read, *args, **kwargs)
     except NoSuchVersion:
         raise errors.not_found() from None
-    except SQLAlchemyError:
+    except (SQLAlchemyError, StoreUnavailable):
         raise errors.audit_unavailable() from None
 
 

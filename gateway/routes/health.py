@@ -53,7 +53,7 @@ def _checks(state: AppState) -> dict[str, bool]:
     return {
         "engine": engine.alive,
         "audit_log": log.alive,
-        "database": log.confirming,
+        "database": log.confirming and state.policies.fresh,
         "disk": not log.disk_low,
         "accepting": not state.pipeline.draining,
     }

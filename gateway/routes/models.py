@@ -16,22 +16,22 @@ router = APIRouter(prefix="/v1/models", dependencies=[requires(Permission.INFER)
 
 @router.get("")
 async def list_models(request: Request) -> dict[str, Any]:
-    return {"object": "list", "data": [_model(request, alias, version) for alias, version in _versions(request)]}
+    return {"object": "list", "data": [_model(request, alias, version) for alias, version in await _versions(request)]}
 
 
 @router.get("/{alias}")
 async def get_model(request: Request, alias: str) -> dict[str, Any]:
-    version = dict(_versions(request)).get(alias)
+    version = dict(await _versions(request)).get(alias)
     if version is None:
         raise errors.model_not_found()
     return _model(request, alias, version)
 
 
-def _versions(request: Request) -> list[tuple[str, str]]:
+async def _versions(request: Request) -> list[tuple[str, str]]:
     """Return the aliases with the digest of the model version that each stands for."""
     state = state_of(request)
     try:
-        policy = state.policies.current(request.state.principal.tenant)
+        policy = (await state.standings.of(request.state.principal.tenant)).policy
     except StoreUnavailable:
         raise errors.audit_unavailable() from None
     if policy is None:

@@ -80,7 +80,7 @@ async def usage(request: Request) -> JSONResponse:
     state = state_of(request)
     principal = with_purpose(request.state.principal, request.headers.get("probity-purpose"))
     try:
-        policy = state.policies.current(principal.tenant)
+        policy = (await state.standings.of(principal.tenant)).policy
     except StoreUnavailable:
         raise errors.audit_unavailable() from None
     source = request.client.host if request.client else None

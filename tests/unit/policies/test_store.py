@@ -16,6 +16,7 @@ from policies.store import (
     NoSuchVersion,
     PolicyStore,
     StaleGeneration,
+    StoreUnavailable,
     VersionDamaged,
     activate,
     insert_version,
@@ -23,7 +24,7 @@ from policies.store import (
     set_suspended,
 )
 from policies.tables import metadata
-from tests.support.policies import deny, document_value, floor_value
+from tests.support.policies import StandingClock, deny, document_value, floor_value
 
 
 @pytest.fixture
@@ -217,3 +218,45 @@ def test_a_snapshot_read_while_a_change_came_in_is_not_kept(engine: Engine, stor
     current = store.current("acme")
     assert current is not None
     assert current.document.rules == ()
+
+
+def test_a_change_made_elsewhere_is_seen_at_the_next_refresh(engine: Engine, store: PolicyStore) -> None:
+    generation = put(engine, document_value())
+    store.refresh()
+    assert store.current("acme") is not None
+    with engine.begin() as connection:
+        set_suspended(connection, "acme", True, generation)
+    assert not store.suspended_meanwhile("acme")
+    store.refresh()
+    assert store.newly_suspended() == {"acme"}
+    assert store.held("acme") is None
+    assert store.suspended_meanwhile("acme")
+    assert store.suspended("acme")
+    store.refresh()
+    assert store.newly_suspended() == frozenset()
+    assert store.held("acme") is not None
+
+
+def test_a_floor_that_changed_elsewhere_concerns_every_tenant(engine: Engine, store: PolicyStore) -> None:
+    put(engine, document_value())
+    store.refresh()
+    store.current("acme")
+    put(engine, floor_value())
+    store.refresh()
+    assert store.held("acme") is None
+
+
+def test_what_nobody_confirmed_for_too_long_decides_nothing(engine: Engine) -> None:
+    clock = StandingClock()
+    store = PolicyStore(engine, clock)
+    put(engine, document_value())
+    store.refresh(good_for_s=2)
+    store.current("acme")
+    clock.now += 1.9
+    assert store.held("acme") is not None
+    clock.now += 0.1
+    for decide in (store.held, store.standing, store.suspended_meanwhile):
+        with pytest.raises(StoreUnavailable):
+            decide("acme")
+    store.refresh(good_for_s=2)
+    assert store.held("acme") is not None
