@@ -24,7 +24,7 @@ from starlette.types import ASGIApp
 import migrations
 from audit.content import RandomPages
 from audit.identifier import NOISE_BYTES, uuid7
-from audit.log import AuditLog, LogSettings
+from audit.log import AuditLog, LogSettings, OnDeath
 from audit.reader import AuditReader
 from audit.records import SYSTEM, Record, RecordType
 from engine.request import Engine, ModelVersion
@@ -41,6 +41,7 @@ from gateway.error_responses import (
     report_model_reading,
 )
 from gateway.identification import RequestIdentification
+from gateway.log_death import end_process
 from gateway.pipeline import Clock, Pipeline
 from gateway.routes import admin, audit, health, inference, models, policy, receipts
 from gateway.settings import Settings
@@ -55,14 +56,17 @@ LAST_RECORDS_S = 5.0  # for closing records, after the engine was closed
 CLOCK = Clock(now=lambda: datetime.now(UTC), monotonic=time.monotonic)
 
 
-def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock = CLOCK) -> FastAPI:
+def create_app(
+    settings: Settings, *, engine: Engine | None = None, clock: Clock = CLOCK, on_log_death: OnDeath = end_process
+) -> FastAPI:
     """Open the rooms and return the gateway.
 
-    Without `engine`, the model of the settings is loaded.
+    Without `engine`, the model of the settings is loaded. `on_log_death` is told once, on the log's own thread, that
+    nothing can be put on record any more.
 
     Raises: what a room raises that cannot keep its promise; `START_REFUSALS` in start_refusal.py lists it.
     """
-    log = open_log(settings)
+    log = open_log(settings, on_log_death)
     try:
         engine = engine or load_model(settings)
         for version in engine.versions.values():
@@ -80,7 +84,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Clock
     return app
 
 
-def open_log(settings: Settings) -> AuditLog:
+def open_log(settings: Settings, on_death: OnDeath) -> AuditLog:
     """Open the log of the settings; an embedded one is made, and brought up to date, on the way."""
     embedded = settings.database.url is None
     if embedded:
@@ -99,6 +103,7 @@ def open_log(settings: Settings) -> AuditLog:
             lease_s=settings.audit.lease_s,
         ),
         create=True,
+        on_death=on_death,
     )
 
 

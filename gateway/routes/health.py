@@ -16,9 +16,11 @@ router = APIRouter(dependencies=[PUBLIC])
 
 
 @router.get("/livez")
-async def livez() -> dict[str, str]:
-    """The event loop turns. Says nothing of the engine or the log."""
-    return {"status": "ok"}
+async def livez(request: Request) -> Response:
+    """200 while the event loop turns and the log lives; a process whose log has died is ending. Says nothing of the
+    engine, nor whether the log confirms just now."""
+    alive = state_of(request).log.health().alive
+    return JSONResponse({"status": "ok" if alive else "dead"}, status_code=200 if alive else 503)
 
 
 @router.get("/readyz")

@@ -43,6 +43,7 @@ def running_gateway(
     obligations: str = "",
     sections: str = "",
     around: Callable[[FastAPI, ASGIApp], ASGIApp] | None = None,  # what stands between the server and the app
+    on_log_death: Callable[[str], None] = lambda why: None,  # this process is the tests', and does not end with the log
     **overrides: object,
 ) -> Iterator[RunningGateway]:
     """Serve until the block ends; then drain and close as SIGTERM would."""
@@ -51,7 +52,7 @@ def running_gateway(
     settings = load_settings(
         None, {}, {**paths, **{name.replace("__", "."): value for name, value in overrides.items()}}
     )
-    app = create_app(settings, engine=engine)
+    app = create_app(settings, engine=engine, on_log_death=on_log_death)
     activate_policy(app, policy_text(engine.model.digest, obligations=obligations, sections=sections))
     running = server(app)
     if around is not None:

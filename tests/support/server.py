@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -69,6 +70,15 @@ class ServerProcess:
     def stop(self) -> int:
         """Ask it to end, and return its exit status."""
         return self._end(signal.SIGTERM)
+
+    def limit_files(self, size: int) -> None:
+        """Let none of its files grow beyond `size` bytes: a write behind that fails, and SQLite says I/O error."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (size, size))
+
+    def wait(self) -> int:
+        """Return its exit status once it has ended by itself."""
+        assert self._process is not None
+        return self._process.wait(timeout=60)
 
     def verify(self) -> None:
         """Recompute the log as an auditor would: in a process that knows only `audit`."""
