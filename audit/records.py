@@ -237,7 +237,7 @@ def request_denied(
     model_alias: str,
     guardrails: Sequence[GuardrailEntry],
     identities: Mapping[str, str],
-    prompt: bytes,
+    prompt: bytes | None,  # None where it was refused before anybody read it
 ) -> Record:
     return Record(
         type=RecordType.REQUEST_DENIED,
@@ -252,7 +252,7 @@ def request_denied(
             "guardrails": _entry(list(guardrails)),
         },
         identities=identities,
-        parts={"prompt": prompt},
+        parts={} if prompt is None else {"prompt": prompt},
     )
 
 

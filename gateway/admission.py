@@ -8,6 +8,7 @@ Source: policy.md, "Order of one request"; RFC 9110 sections 8.3, 8.6.
 from __future__ import annotations
 
 import re
+from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -21,11 +22,23 @@ _JSON = re.compile(rb"application/(?:json|merge-patch\+json)[ \t]*(?:;[ \t]*char
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
+async def _as_it_is(refused: ApiError, scope: Scope) -> ApiError:
+    return refused
+
+
 class Admission:
     """Answers 413 to a body that is or becomes too large, 431 to headers that are, 400 to a body that is not JSON."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_header_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_header_bytes: int,
+        on_record: Callable[[ApiError, Scope], Awaitable[ApiError]] = _as_it_is,
+    ) -> None:
+        """`on_record` returns what is told of a refusal, once that is on record."""
         self._app = app
+        self._on_record = on_record
         self._max_body_bytes = max_body_bytes
         self._max_header_bytes = max_header_bytes
 
@@ -41,12 +54,18 @@ class Admission:
             await send(message)
 
         try:
-            self._check_head(scope)
+            await self._admit(scope)
             await self._app(scope, _counted(receive, self._max_body_bytes), watched_send)
         except ApiError as refused:
             if begun:
                 raise errors.ResponseBroken from None
             await _refuse(refused, scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> None:
+        try:
+            self._check_head(scope)
+        except ApiError as refused:
+            raise await self._on_record(refused, scope) from None
 
     def _check_head(self, scope: Scope) -> None:
         """Raises: ApiError."""

@@ -30,7 +30,7 @@ from audit.records import SYSTEM, Record, RecordType
 from engine.request import Engine, ModelVersion
 from gateway.admission import Admission
 from gateway.auth.authentication import Authentication
-from gateway.auth.permissions import public_paths
+from gateway.auth.permissions import Permission, RoutePermission, public_paths, route_permissions
 from gateway.auth.trust import key_client, trusted_verifier
 from gateway.bounded_http import BoundedHttp
 from gateway.error_responses import (
@@ -43,6 +43,7 @@ from gateway.error_responses import (
 from gateway.identification import RequestIdentification
 from gateway.log_death import end_process
 from gateway.pipeline import Clock, Pipeline
+from gateway.refusals import Refusals
 from gateway.routes import admin, audit, health, inference, models, policy, receipts
 from gateway.settings import Settings
 from gateway.standings import Standings
@@ -162,6 +163,7 @@ def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> Ap
             max_of_tenant=settings.limits.max_governed_per_tenant,
         ),
         telemetry=telemetry,
+        refusals=Refusals(log),
     )
 
 
@@ -230,7 +232,13 @@ def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:
     """Return the app behind its middlewares. `client` fetches issuers' keys."""
     state: AppState = app.state.probity
     settings = state.settings
-    admitted = Admission(app, settings.server.max_body_bytes, settings.server.max_header_bytes)
+    actions = {route.path: inference.action_of(route.path) for route in route_permissions(app) if _asks(route)}
+    admitted = Admission(
+        app,
+        settings.server.max_body_bytes,
+        settings.server.max_header_bytes,
+        on_record=lambda refused, scope: state.refusals.head(refused, actions.get(scope["path"]), scope),
+    )
     authenticated = Authentication(
         admitted,
         trusted_verifier(settings, client, lambda: state.clock.now().timestamp(), state.clock.monotonic),
@@ -241,6 +249,10 @@ def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:
     return Containment(
         RequestIdentification(authenticated, lambda: uuid7(int(time.time() * 1000), random(NOISE_BYTES)))
     )
+
+
+def _asks(route: RoutePermission) -> bool:
+    return route.permission is Permission.INFER and "POST" in route.methods
 
 
 class Server(uvicorn.Server):

@@ -49,11 +49,20 @@ class Officer:
 
 
 def read_record(
-    officer: Officer, tenant: str, view: str, filters: Mapping[str, Json], rows: int, asked_about: str | None = None
+    officer: Officer,
+    tenant: str,
+    view: str,
+    filters: Mapping[str, Json],
+    rows: int,
+    asked_about: str | None = None,
+    outcome: str | None = None,
 ) -> Record:
-    """Return the `audit.read` of a look at `rows` rows of `tenant`. `asked_about` is the person a filter names."""
+    """Return the `audit.read` of a look at `rows` rows of `tenant`. `asked_about` is the person a filter names;
+    `outcome` the code of the error where the look was refused."""
     named = {} if asked_about is None else {"asked_about": asked_about}
     body: dict[str, Json] = {"actor": officer.entry, "view": view, "filters": dict(filters), "rows": rows}
+    if outcome is not None:
+        body["outcome"] = outcome
     return Record(RecordType.AUDIT_READ, tenant, body, identities=officer.identities | named)
 
 

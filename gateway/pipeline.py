@@ -5,7 +5,8 @@
 
 `answer` decides, puts `request.received` on record and starts a governed task (generation.py), which owns the
 generation to its end, whatever the client does. A refusal is on record too, as `request.denied`, and carries its
-receipt. Everything that may refuse happens before `answer` returns; what fails later arrives in the outbox.
+receipt; one that comes before a policy is asked is put on record by refusals.py, which says what is not. Everything
+that may refuse happens before `answer` returns; what fails later arrives in the outbox.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from gateway.errors import ApiError
 from gateway.generation import Generation
 from gateway.grant import Grant, Question
 from gateway.message import structure_of
+from gateway.refusals import NO_POLICY, UNKNOWN_ALIAS
 from gateway.schemas.bodies import InferenceRequest
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.schemas.inference import ChatRequest, CompletionRequest, TextRequest
@@ -55,11 +57,9 @@ from policies.request import AccessRequest, RequestedParams
 from policies.store import Standing, StoreUnavailable
 
 EXPLAIN = "policy.explain"
-UNKNOWN_ALIAS = "(unknown)"  # no alias is written so: see `document.Name`
 INSPECTED_AT_ONCE = 4_096  # characters; a longer prompt is rendered, inspected and counted beside the event loop
 ENTERING_POLL_S = 0.01  # while draining
 SALTS = 1_024  # of tenants, that are kept; another is worked out again
-NO_POLICY = "none"  # stands for the digest where a tenant has no policy
 
 
 T = TypeVar("T")

@@ -12,6 +12,7 @@ from audit.reader import AuditReader
 from engine.request import Engine
 from gateway.bounded_reads import BoundedReads
 from gateway.pipeline import Clock, Pipeline
+from gateway.refusals import Refusals
 from gateway.settings import Settings
 from gateway.standings import Standings
 from gateway.telemetry import Telemetry
@@ -32,6 +33,7 @@ class AppState:
     engine: Engine
     pipeline: Pipeline
     telemetry: Telemetry
+    refusals: Refusals
     reads: BoundedReads = field(default_factory=BoundedReads)  # what officers read, beside the event loop
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import orjson
 from fastapi import APIRouter, Query, Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.exc import SQLAlchemyError
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 
 from audit.merkle import OutOfRange
 from audit.query import QueryRefused, RequestPage, RequestQuery
@@ -34,8 +35,29 @@ from gateway.oversight import Officer, put, read_record, replayed_record, reveal
 from gateway.replay import Replay, ReplayRefused, recording, replay
 from gateway.schemas.oversight import ReplayBody, RequestFilters, RevealBody
 from gateway.state import AppState, state_of
+from policies.request import Principal
 
-router = APIRouter(prefix="/audit")
+
+class Watched(APIRoute):
+    """A route for officers: that it refused, somebody else's records or any at all, is on record too."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        look, view = super().get_route_handler(), self.name
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await look(request)
+            except ApiError as refused:
+                if not isinstance(getattr(request.state, "principal", None), Principal):
+                    raise
+                asked = request.path_params.get("request_id", "")
+                filters = {"request": asked} if _REQUEST_ID.fullmatch(asked) else {}
+                raise await state_of(request).refusals.look(refused, view, officer_of(request), filters) from None
+
+        return handle
+
+
+router = APIRouter(prefix="/audit", route_class=Watched)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,7 +76,7 @@ _RECORDS = [requires(Permission.READ_RECORDS)]
 # --- requests ---
 
 
-@router.get("/requests", dependencies=_RECORDS)
+@router.get("/requests", name="requests", dependencies=_RECORDS)
 async def list_requests(request: Request, filters: Annotated[RequestFilters, Query()]) -> dict[str, Any]:
     """Requests of a time window, newest first, in slices; `after` leads to the next."""
     state, officer = state_of(request), officer_of(request)
@@ -64,7 +86,7 @@ async def list_requests(request: Request, filters: Annotated[RequestFilters, Que
     return asdict(page)
 
 
-@router.get("/requests/{request_id}", dependencies=_RECORDS)
+@router.get("/requests/{request_id}", name="request", dependencies=_RECORDS)
 async def show_request(request: Request, request_id: str) -> dict[str, Any]:
     """The whole story of one request, without what was said."""
     state, officer = state_of(request), officer_of(request)
@@ -74,7 +96,7 @@ async def show_request(request: Request, request_id: str) -> dict[str, Any]:
     return asdict(story)
 
 
-@router.post("/requests/{request_id}:reveal", dependencies=[requires(Permission.REVEAL_CONTENT)])
+@router.post("/requests/{request_id}:reveal", name="reveal", dependencies=[requires(Permission.REVEAL_CONTENT)])
 async def reveal(request: Request, request_id: str) -> dict[str, Any]:
     """What was said. The reason goes on record."""
     state, officer = state_of(request), officer_of(request)
@@ -93,7 +115,7 @@ async def reveal(request: Request, request_id: str) -> dict[str, Any]:
     }
 
 
-@router.post("/requests/{request_id}:replay", dependencies=[requires(Permission.REPLAY)])
+@router.post("/requests/{request_id}:replay", name="replay", dependencies=[requires(Permission.REPLAY)])
 async def replay_request(request: Request, request_id: str) -> dict[str, Any]:
     """Have the answer come out again and say whether it is the same. Shows none of it."""
     state, officer = state_of(request), officer_of(request)
@@ -122,7 +144,7 @@ async def replay_request(request: Request, request_id: str) -> dict[str, Any]:
 # --- proofs ---
 
 
-@router.get("/checkpoint", dependencies=_RECORDS, response_class=PlainTextResponse)
+@router.get("/checkpoint", name="checkpoint", dependencies=_RECORDS, response_class=PlainTextResponse)
 async def checkpoint(request: Request, tenant: TenantParameter = None) -> PlainTextResponse:
     """The newest checkpoint of a log, a signed note."""
     state, officer = state_of(request), officer_of(request)
@@ -132,7 +154,7 @@ async def checkpoint(request: Request, tenant: TenantParameter = None) -> PlainT
     return PlainTextResponse(signed.note)
 
 
-@router.get("/proofs/inclusion", dependencies=_RECORDS)
+@router.get("/proofs/inclusion", name="proof.inclusion", dependencies=_RECORDS)
 async def inclusion(
     request: Request,
     tenant: TenantParameter = None,
@@ -163,7 +185,7 @@ async def inclusion(
     }
 
 
-@router.get("/proofs/consistency", dependencies=_RECORDS)
+@router.get("/proofs/consistency", name="proof.consistency", dependencies=_RECORDS)
 async def consistency(request: Request, old: Count, new: Count, tenant: TenantParameter = None) -> dict[str, Any]:
     """Proof that the log of `new` leaves extends that of `old`."""
     state, officer = state_of(request), officer_of(request)

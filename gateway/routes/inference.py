@@ -33,6 +33,7 @@ from gateway.schemas.inference import ChatRequest, CompletionRequest, TextReques
 from gateway.schemas.responses import ResponsesRequest
 from gateway.state import AppState, state_of
 from gateway.streaming import EventStream, collect, watch_disconnect
+from policies.request import Principal
 
 
 class HandMade(APIRoute):
@@ -45,13 +46,30 @@ class HandMade(APIRoute):
         (dependency,) = self.dependant.dependencies
         requirement, endpoint = dependency.call, self.endpoint
         assert isinstance(requirement, Requirement)
+        asks, action = "POST" in (self.methods or ()), action_of(self.path_format)
 
         async def handle(request: Request) -> Response:
-            await requirement(request)
-            response: Response = await endpoint(request)
+            try:
+                await requirement(request)
+                response: Response = await endpoint(request)
+            except ApiError as refused:
+                raise (await _on_record(refused, action, request) if asks else refused) from None
             return response
 
         return handle
+
+
+def action_of(path: str) -> str:
+    """Return what policies call the action of a path: `/v1/chat/completions` is `chat.completions`."""
+    return path.removeprefix("/v1/").replace("/", ".")
+
+
+async def _on_record(refused: ApiError, action: str, request: Request) -> ApiError:
+    principal = getattr(request.state, "principal", None)
+    if not isinstance(principal, Principal):
+        return refused
+    source = request.client.host if request.client else None
+    return await state_of(request).refusals.question(refused, action, request.state.request_id, principal, source)
 
 
 router = APIRouter(prefix="/v1", route_class=HandMade)
