@@ -30,6 +30,14 @@ from policies.guardrails.detectors import DETECTORS, longest_span
 MAX_DOCUMENT_BYTES = 1 << 18  # PyYAML reads some 100 KB a second
 MAX_FINDINGS = 100  # of one document; who corrects them sees the rest
 MAX_DEPTH = 16
+
+# All rules of one effect may match one request, and the decision names each: it must have room on record, in a leaf of
+# 65,535 bytes, together with what the floor's rules and guardrails say of it.
+MAX_REASON_BYTES = 24_576  # of the reasons of all rules of one effect; 250 rules with the longest ids, 600 with short
+MAX_VERDICT_BYTES = 12_288  # of the verdicts of all guardrails; 18 of the longest, 80 that look for one thing each
+_REASON_FORM = len('{"code":"","rule":""},')
+_VERDICT_FORM = len('{"action":"redact","counts":{},"detector":"","id":"","stage":"output","verdict":"redacted"},')
+_COUNT_FORM = len('"":9999999,')
 API_VERSION = "policy/v1"
 FLOOR_TENANT = "*"  # whose policy is every tenant's floor
 
@@ -346,6 +354,7 @@ def _check(document: PolicyDocument) -> Iterator[Finding]:
         if purpose.id in purposes:
             yield Finding(f"purposes[{position}].id", f"`{purpose.id}` is defined twice")
         purposes.add(purpose.id)
+    yield from _check_room(document)
     for name, guardrail in document.guardrails.items():
         yield from _check_guardrail(guardrail, f"guardrails.{name}")
     for name, params in document.params.items():
@@ -358,6 +367,27 @@ def _check(document: PolicyDocument) -> Iterator[Finding]:
     for name, model in document.models.items():
         if _date(model.expires) is None:
             yield Finding(f"models.{name}.expires", "is not a date")
+
+
+def _check_room(document: PolicyDocument) -> Iterator[Finding]:
+    """Find what would be too long to be put on record, were all of it to concern one request."""
+    for effect in ("allow", "deny"):
+        named = [rule for rule in document.rules if rule.effect == effect]
+        size = sum(_REASON_FORM + len(rule.reason or "rule") + len(rule.id) for rule in named)
+        if size > MAX_REASON_BYTES:
+            told = f"the reasons of all {effect} rules take {size} bytes on record, and there is room for"
+            yield Finding("rules", f"{told} {MAX_REASON_BYTES}; join rules, or shorten their ids")
+    size = sum(_verdict_size(name, guardrail) for name, guardrail in document.guardrails.items())
+    if size > MAX_VERDICT_BYTES:
+        told = f"the verdicts of all of them take {size} bytes on record, and there is room for {MAX_VERDICT_BYTES}"
+        yield Finding("guardrails", f"{told}; join guardrails, or shorten their ids")
+
+
+def _verdict_size(name: str, guardrail: Guardrail) -> int:
+    """Return the most bytes that what a guardrail found takes in a leaf."""
+    detector = DETECTORS.get(guardrail.detector)
+    entities = guardrail.entities or (() if detector is None else tuple(detector.entities))
+    return _VERDICT_FORM + len(name) + len(guardrail.detector) + sum(_COUNT_FORM + len(entity) for entity in entities)
 
 
 def _check_rule(document: PolicyDocument, rule: Rule, purposes: frozenset[str], path: str) -> Iterator[Finding]:

@@ -138,6 +138,20 @@ def test_what_somebody_sends_is_bounded_as_text_and_as_json_and_so_is_what_is_fo
         assert len(refused.value.findings) == MAX_FINDINGS
 
 
+@pytest.mark.parametrize("rule", [allow, deny])
+def test_rules_whose_reasons_have_no_room_on_record_are_refused_by_name(rule: Any) -> None:
+    """About 700 allows that matched one request made its record too large to be one: a 500, off record."""
+    effect = rule("r")["effect"]
+    rules = [rule(f"number-{number:03}") for number in range(700)]
+    assert f"all {effect} rules" in findings(rules=rules)["rules"]
+    assert len(read_document(document_value(rules=rules[:500])).rules) == 500
+
+
+def test_guardrails_are_bounded_by_name() -> None:
+    found = {f"g{number:03}": {"detector": "pii", "stage": "input", "action": "flag"} for number in range(90)}
+    assert "verdicts of all of them" in findings(guardrails=found)["guardrails"]
+
+
 def test_the_work_of_reading_grows_with_the_length_and_not_with_its_square() -> None:
     """With a comparison for each pair of names these would be 1,800 million, and the test would not end."""
     names = [f"a{number}" for number in range(60_000)]
