@@ -9,7 +9,8 @@ The body of an `audit.read`, complete:
      "status":"denied","to":"2026-12-01T00:00:00.000000Z"},"rows":17,"view":"requests"}
 
 Nothing that an officer can type freely stands in a body, because leaves cannot be erased: reasons are an encrypted
-part, and a person who is asked about is an identity, like the officer.
+part, so are cases and filters on names (`typed`, a JSON object: a client may be typed as somebody's address), and a
+person who is asked about is an identity, like the officer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import orjson
 
 from audit.log import AuditLog
 from audit.records import SYSTEM, Json, Record, RecordType
@@ -55,24 +58,26 @@ def read_record(
     filters: Mapping[str, Json],
     rows: int,
     asked_about: str | None = None,
+    typed: Mapping[str, str] | None = None,
     outcome: str | None = None,
 ) -> Record:
-    """Return the `audit.read` of a look at `rows` rows of `tenant`. `asked_about` is the person a filter names;
-    `outcome` the code of the error where the look was refused."""
+    """Return the `audit.read` of a look at `rows` rows of `tenant`.
+
+    `filters` are of forms that hold no names; `typed` are the others. `asked_about` is the person a filter names;
+    `outcome` the code of the error where the look was refused.
+    """
     named = {} if asked_about is None else {"asked_about": asked_about}
     body: dict[str, Json] = {"actor": officer.entry, "view": view, "filters": dict(filters), "rows": rows}
     if outcome is not None:
         body["outcome"] = outcome
-    return Record(RecordType.AUDIT_READ, tenant, body, identities=officer.identities | named)
+    parts = {"typed": orjson.dumps(dict(typed))} if typed else {}
+    return Record(RecordType.AUDIT_READ, tenant, body, parts=parts, identities=officer.identities | named)
 
 
 def revealed_record(officer: Officer, tenant: str, request_id: str, reason: str, case: str | None) -> Record:
     body: dict[str, Json] = {"actor": officer.entry, "request": request_id}
-    if case is not None:
-        body["case"] = case
-    return Record(
-        RecordType.AUDIT_REVEALED, tenant, body, parts={"reason": reason.encode()}, identities=officer.identities
-    )
+    parts = {"reason": reason.encode()} | ({} if case is None else {"case": case.encode()})
+    return Record(RecordType.AUDIT_REVEALED, tenant, body, parts=parts, identities=officer.identities)
 
 
 def replayed_record(officer: Officer, tenant: str, request_id: str, outcome: Mapping[str, Json]) -> Record:

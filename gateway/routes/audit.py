@@ -215,8 +215,8 @@ def _query(officer: Officer, filters: RequestFilters) -> RequestQuery:
 
 def _list_records(officer: Officer, filters: RequestFilters, page: RequestPage) -> list[Record]:
     rows = Counter(row.tenant for row in page.requests) or Counter({officer.home: 0})
-    recorded, about = filters.recorded(), filters.subject
-    return [read_record(officer, tenant, "requests", recorded, count, about) for tenant, count in rows.items()]
+    recorded, about, typed = filters.recorded(), filters.subject, filters.typed()
+    return [read_record(officer, tenant, "requests", recorded, count, about, typed) for tenant, count in rows.items()]
 
 
 async def _tenant_of(state: AppState, officer: Officer, request_id: str) -> str:

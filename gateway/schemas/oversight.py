@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from audit.query import MAX_LIMIT, RequestQuery
 from audit.records import Json
 
-# What the columns can hold: names and digests. Bounded in form, so that a filter can stand in a leaf.
+# What the columns can hold: names and digests.
 _TENANT = r"^(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)$"
 _PURPOSE = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _CLIENT = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,127}$"
@@ -59,20 +59,22 @@ class RequestFilters(BaseModel):
         )
 
     def recorded(self) -> dict[str, Json]:
-        """Return the filters as the log keeps them: the person is an identity and not among them."""
-        given = {
-            "tenant": self.tenant,
-            "client": self.client,
-            "model": self.model,
-            "decision": self.decision,
-            "status": self.status,
-            "purpose": self.purpose,
-            "guardrail": self.guardrail,
-            "after": self.after,
-        }
+        """Return the filters that a leaf can hold: times, numbers and words of ours."""
+        given = {"decision": self.decision, "status": self.status, "after": self.after}
         window: dict[str, Json] = {"from": _text(self.since), "to": _text(self.until), "limit": self.limit}
         recorded: dict[str, Json] = {name: value for name, value in given.items() if value is not None}
         return window | recorded
+
+    def typed(self) -> dict[str, str]:
+        """Return the filters that hold what somebody typed; the person asked about is an identity."""
+        names = {
+            "tenant": self.tenant,
+            "client": self.client,
+            "model": self.model,
+            "purpose": self.purpose,
+            "guardrail": self.guardrail,
+        }
+        return {name: value for name, value in names.items() if value is not None}
 
 
 class RevealBody(BaseModel):
