@@ -1,4 +1,4 @@
-"""What is let in at all: the size and the kind of a request, before anyone reads its meaning.
+"""What is let in at all: the size, the kind and the haste of a request, before anyone reads its meaning.
 
 Pure ASGI, behind authentication: an anonymous caller is refused before a byte of its body is read. Knows no routes.
 
@@ -13,9 +13,12 @@ from collections.abc import Awaitable, Callable
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import errors, strict_json
+from gateway.bodies import Bodies
+from gateway.bounded_http import LATE
 from gateway.error_responses import render
 from gateway.errors import ApiError
 from gateway.strict_json import MalformedJson
+from policies.request import Principal
 
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _JSON = re.compile(rb"application/(?:json|merge-patch\+json)[ \t]*(?:;[ \t]*charset=\"?utf-8\"?[ \t]*)?", re.IGNORECASE)
@@ -27,18 +30,21 @@ async def _as_it_is(refused: ApiError, scope: Scope) -> ApiError:
 
 
 class Admission:
-    """Answers 413 to a body that is or becomes too large, 431 to headers that are, 400 to a body that is not JSON."""
+    """Answers 413 to a body that is or becomes too large, 431 to headers that are, 400 to a body that is not JSON, 408
+    to one that does not come in time, and 503 where the bodies of all requests have no room together."""
 
     def __init__(
         self,
         app: ASGIApp,
         max_body_bytes: int,
         max_header_bytes: int,
+        bodies: Bodies,
         on_record: Callable[[ApiError, Scope], Awaitable[ApiError]] = _as_it_is,
     ) -> None:
         """`on_record` returns what is told of a refusal, once that is on record."""
         self._app = app
         self._on_record = on_record
+        self._bodies = bodies
         self._max_body_bytes = max_body_bytes
         self._max_header_bytes = max_header_bytes
 
@@ -47,6 +53,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         begun = False
+        body = _Body(scope, receive, self._max_body_bytes, self._bodies)
 
         async def watched_send(message: Message) -> None:
             nonlocal begun
@@ -55,11 +62,13 @@ class Admission:
 
         try:
             await self._admit(scope)
-            await self._app(scope, _counted(receive, self._max_body_bytes), watched_send)
+            await self._app(scope, body.receive, watched_send)
         except ApiError as refused:
             if begun:
                 raise errors.ResponseBroken from None
             await _refuse(refused, scope, receive, send)
+        finally:
+            body.let_go()
 
     async def _admit(self, scope: Scope) -> None:
         try:
@@ -94,21 +103,38 @@ def _has_body(headers: list[tuple[bytes, bytes]]) -> bool:
     )
 
 
-def _counted(receive: Receive, max_bytes: int) -> Receive:
-    """Return a `receive` that raises ApiError once more than `max_bytes` of body came, whatever the head said."""
-    received = 0
+class _Body:
+    """One request's body as it comes in."""
 
-    async def counted() -> Message:
-        nonlocal received
-        message = await receive()
+    __slots__ = ("_bodies", "_held", "_max_bytes", "_receive", "_scope", "_tenant")
+
+    def __init__(self, scope: Scope, receive: Receive, max_bytes: int, bodies: Bodies) -> None:
+        principal = scope.get("state", {}).get("principal")
+        self._scope = scope
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._bodies = bodies
+        self._tenant = principal.tenant if isinstance(principal, Principal) else ""
+        self._held = 0
+
+    async def receive(self) -> Message:
+        """Raises: ApiError once more came than may, whatever the head said, or not all of it in time. The rest is
+        never read, so the connection cannot carry another request."""
+        message = await self._receive()
         if message["type"] == "http.request":
-            received += len(message.get("body", b""))
-            if received > max_bytes:
-                # The rest is never read, so the connection cannot carry another request.
-                raise errors.body_too_large(max_bytes).with_headers({"connection": "close"})
+            if LATE in self._scope and message.get("more_body", False):
+                raise errors.request_timeout().with_headers({"connection": "close"})
+            came = len(message.get("body", b""))
+            if self._held + came > self._max_bytes:
+                raise errors.body_too_large(self._max_bytes).with_headers({"connection": "close"})
+            if came and not self._bodies.take(self._tenant, came):
+                raise errors.overloaded().with_headers({"connection": "close"})
+            self._held += came
         return message
 
-    return counted
+    def let_go(self) -> None:
+        if self._held:
+            self._bodies.give(self._tenant, self._held)
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

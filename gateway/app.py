@@ -32,7 +32,8 @@ from gateway.admission import Admission
 from gateway.auth.authentication import Authentication
 from gateway.auth.permissions import Permission, RoutePermission, public_paths, route_permissions
 from gateway.auth.trust import key_client, trusted_verifier
-from gateway.bounded_http import BoundedHttp
+from gateway.bodies import Bodies
+from gateway.bounded_http import bounded_http
 from gateway.error_responses import (
     Containment,
     install_error_handlers,
@@ -237,6 +238,7 @@ def secured(app: FastAPI, client: httpx.AsyncClient) -> ASGIApp:
         app,
         settings.server.max_body_bytes,
         settings.server.max_header_bytes,
+        bodies=Bodies(settings.server.max_bodies_mib << 20),
         on_record=lambda refused, scope: state.refusals.head(refused, actions.get(scope["path"]), scope),
     )
     authenticated = Authentication(
@@ -282,7 +284,7 @@ def server(app: FastAPI) -> Server:
         secured(app, app.state.key_client),
         host=settings.host,
         port=settings.port,
-        http=BoundedHttp,
+        http=bounded_http(settings.head_timeout_s, settings.body_timeout_s),
         h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,
         access_log=False,

@@ -178,6 +178,13 @@ def body_too_large(max_bytes: int) -> ApiError:
     )
 
 
+def request_timeout() -> ApiError:
+    """The request did not come in time. Whoever sent it may send it again, faster."""
+    return ApiError(
+        408, "request_timeout", "invalid_request_error", "the request did not arrive in time; send it again"
+    )
+
+
 def headers_too_large(max_bytes: int) -> ApiError:
     return ApiError(
         431, "headers_too_large", "invalid_request_error", f"the headers are larger than {max_bytes} bytes; send fewer"

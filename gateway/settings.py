@@ -90,6 +90,17 @@ class ServerSettings:
     max_header_bytes: int = setting(
         32_768, integer_kind(4096, 1_048_576, "bytes"), "larger request headers are answered 431"
     )
+    max_bodies_mib: int = setting(
+        256,
+        integer_kind(1, 1_048_576, "MiB"),
+        "bodies of all requests in progress, of one tenant three quarters; more are answered 503 `overloaded`",
+    )
+    head_timeout_s: float = setting(
+        10.0, decimal_kind(0.1, 600, "s"), "a request's headers must have come by then, or 408 and the end"
+    )
+    body_timeout_s: float = setting(
+        60.0, decimal_kind(0.1, 3600, "s"), "its body must have come by then, from its headers on, or 408"
+    )
     trusted_proxies: tuple[str, ...] = setting(
         (),
         list_kind("a list of networks, `10.1.0.0/16`, or addresses", is_network, at_least=0),

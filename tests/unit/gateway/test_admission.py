@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from httpx import ASGITransport, AsyncClient, Response
 
 from gateway.admission import Admission, parse_json
+from gateway.bodies import Bodies
 from gateway.error_responses import Containment, install_error_handlers
 from gateway.errors import ApiError
 
@@ -38,7 +39,7 @@ def make_app() -> FastAPI:
 
 
 async def ask(path: str = "/v1/size", method: str = "POST", **kwargs: object) -> Response:
-    transport = ASGITransport(Containment(Admission(make_app(), MAX_BODY, MAX_HEADERS)))
+    transport = ASGITransport(Containment(Admission(make_app(), MAX_BODY, MAX_HEADERS, Bodies(1 << 20))))
     async with AsyncClient(transport=transport, base_url="http://probity") as client:
         return await client.request(method, path, **kwargs)  # type: ignore[arg-type]
 
