@@ -7,12 +7,25 @@ new name may be lost with the power.
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from contextlib import suppress
 from pathlib import Path
 
 PRIVATE = 0o600
 PUBLIC = 0o644
+
+
+def exposed(path: Path) -> str | None:
+    """Return what to say of a file that gives anything to group or others, and what to do; None where it does not, or
+    is not there."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return None
+    if not mode & ~PRIVATE & 0o777:
+        return None
+    return f"`{path.name}` has mode {mode:04o}; see who has read it, then run `chmod 600 {path.name}`"
 
 
 def replace_file(path: Path, content: bytes, mode: int = PRIVATE) -> None:

@@ -217,7 +217,7 @@ def read_key(directory: Path, kind: str) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         if mode & 0o077:
-            raise KeyFileExposed(f"`{name}` has mode {mode:04o}; make it 0600")
+            raise KeyFileExposed(f"`{name}` has mode {mode:04o}; see who has read it, then run `chmod 600 {name}`")
         return _decode(kind, file.read(1024))
 
 

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -36,10 +37,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from audit.durable import exposed
 from audit.tables import insert_rows
 
 # KeyStoreError            catch this
 # ├── KeyStoreUnsafe       the database would acknowledge what a power cut can still lose: refuse to start
+# ├── KeyStoreExposed      others than its owner may read or write its file: refuse to start
 # ├── KeyStoreMissing      there is no key store where one must be: a new one would hold none of the keys
 # ├── KeyStoreUnavailable  the database did not answer; nothing may be encrypted with the keys of this call
 # ├── KeyConflict          another key is already stored under this id: the caller is wrong
@@ -52,6 +55,10 @@ class KeyStoreError(Exception):
 
 class KeyStoreUnsafe(KeyStoreError):
     """A setting of the database breaks the promise of durability."""
+
+
+class KeyStoreExposed(KeyStoreError):
+    """Others than its owner may read or write its file."""
 
 
 class KeyStoreMissing(KeyStoreError):
@@ -103,11 +110,14 @@ class KeyStore:
         Raises:
             KeyStoreMissing: it is not there, and is not to be created.
             KeyStoreUnsafe: a commit here would not be durable.
+            KeyStoreExposed: its file gives anything to group or others.
             KeyStoreUnavailable: no connection.
         """
         embedded = make_url(url).get_backend_name() == "sqlite"  # a file needs no question whether it is still there
         if embedded and not create and not os.path.exists(make_url(url).database or ""):
             raise KeyStoreMissing(_MISSING)
+        if embedded:
+            _check_private(make_url(url).database)
         engine = create_engine(url, pool_pre_ping=not embedded, hide_parameters=True)
         if engine.dialect.name == "sqlite":
             event.listen(engine, "connect", _set_pragmas)
@@ -227,6 +237,14 @@ def _create_private(path: str | None) -> None:
     if path and path != ":memory:":
         with suppress(OSError):  # it exists, or cannot be made, which connecting will say
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+
+
+def _check_private(path: str | None) -> None:
+    """Raise KeyStoreExposed unless the file and its write-ahead log, which holds keys too, are their owner's alone."""
+    for name in (path, f"{path}-wal", f"{path}-shm") if path and path != ":memory:" else ():
+        told = exposed(Path(name))
+        if told is not None:
+            raise KeyStoreExposed(f"the key store {told}")
 
 
 def _set_pragmas(connection: object, _record: object) -> None:

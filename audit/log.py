@@ -99,7 +99,7 @@ class AuditLog:
             if create and first and not settings.keys.exists():
                 _begin(settings)
             keyring = Keyring.load(settings.keys)
-            ratchet = Ratchet.load(settings.ratchet)
+            ratchet = Ratchet.load_own(settings.ratchet)
             _check_ratchet(database, ratchet)
             keystore = KeyStore.open(settings.keystore_url, create=first)
         except BaseException:
@@ -208,7 +208,7 @@ def _begin(settings: LogSettings) -> None:
     between the two can be begun again. Keys without a ratchet cannot come of it; they are refused."""
     if not settings.ratchet.exists():
         Ratchet.create(settings.ratchet)
-    if not Ratchet.load(settings.ratchet).origins:
+    if not Ratchet.load_own(settings.ratchet).origins:
         Keyring.create(settings.keys)
 
 

@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from audit.checkpoint import Checkpoint, read_checkpoint
-from audit.durable import replace_file
+from audit.durable import exposed, replace_file
 
 # RatchetError             catch this; the log must not be written to
 # ├── RatchetMissing       there is no file: it was never created, or it was removed
 # ├── RatchetUnreadable    the file is not what we wrote
+# ├── RatchetExposed       others than its owner may read or write the file
 # ├── RatchetBehind        the file is older than what the database says was signed: it was restored or emptied
 # ├── RatchetAhead         the database is behind what was signed: restored from a backup, or cut off
 # └── RatchetDiverged      the database holds another history than what was signed
@@ -38,6 +39,10 @@ class RatchetMissing(RatchetError):
 
 class RatchetUnreadable(RatchetError):
     """The ratchet file is not what was written."""
+
+
+class RatchetExposed(RatchetError):
+    """Others than its owner may read or write the ratchet file."""
 
 
 class RatchetBehind(RatchetError):
@@ -95,6 +100,14 @@ class Ratchet:
         if _encode(ratchet._notes).decode() != content or any(o != c.origin for o, c in ratchet._held.items()):
             raise RatchetUnreadable(f"`{path.name}` is cut off or was edited; put it back")
         return ratchet
+
+    @classmethod
+    def load_own(cls, path: Path) -> Ratchet:
+        """`load` for the gateway that keeps it; an auditor's copy may lie open. Raises: RatchetExposed, as well."""
+        told = exposed(path)
+        if told is not None:
+            raise RatchetExposed(told)
+        return cls.load(path)
 
     @property
     def origins(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from audit.keys import KeyFileMissing, KeysOfAnother, WrappedKeyRefused
 from audit.keystore import KeyStoreMissing
 from audit.ratchet import Ratchet, RatchetBehind, RatchetMissing
 from audit.verify import main as verify
+from gateway.start_refusal import START_REFUSALS
 from tests.support.gateway import running_gateway
 from tests.support.officers import Hand
 from tests.support.scripted_engine import ScriptedEngine
@@ -101,3 +102,46 @@ def test_keys_without_their_ratchet_are_refused_even_on_an_empty_database(tmp_pa
         file.unlink()
     with pytest.raises(RatchetMissing), running_gateway(tmp_path, ScriptedEngine()):
         pass
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_whatever_the_umask_secrets_are_made_for_their_owner_alone(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # and it starts on what it made
+            with running_gateway(tmp_path, ScriptedEngine()) as gateway:
+                Hand(gateway, "app").ask("hello")
+                modes = {path.name: path.stat().st_mode & 0o777 for path in _secrets(tmp_path)}
+    finally:
+        os.umask(before)
+    assert len(modes) >= 6
+    assert set(modes.values()) == {0o600}
+
+
+@pytest.mark.parametrize("name", ["keystore.sqlite3", "ratchet", "keys/master.key", "keys/signing.key"])
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o622])
+def test_a_secret_that_others_may_read_or_write_is_refused_with_what_to_do(
+    tmp_path: Path, name: str, mode: int
+) -> None:
+    with running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    (tmp_path / name).chmod(mode)
+    with pytest.raises(START_REFUSALS) as refused, running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    assert f"mode {mode:04o}" in str(refused.value)
+    assert f"run `chmod 600 {Path(name).name}`" in str(refused.value)
+    (tmp_path / name).chmod(0o600)
+    with running_gateway(tmp_path, ScriptedEngine()):
+        pass
+
+
+def _secrets(directory: Path) -> list[Path]:
+    return [*directory.glob("keystore*"), *directory.glob("keys/*"), directory / "ratchet"]
+
+
+def test_an_auditors_copy_of_the_ratchet_may_lie_open(tmp_path: Path) -> None:
+    with running_gateway(tmp_path, ScriptedEngine()):
+        pass
+    (tmp_path / "ratchet").chmod(0o644)
+    held = ["--trust", str(tmp_path / "trust"), "--checkpoint", str(tmp_path / "ratchet")]
+    assert verify([f"sqlite:///{tmp_path}/probity.sqlite3", *held]) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from audit.log import AuditLog
+from audit.ratchet import Ratchet
 from audit.writer import LogDead, LogUnavailable
 from tests.support.audit_log import LogPlace, completed, received, request_id, segment, server_place
 from tests.support.postgres import PostgresServer
@@ -104,7 +105,7 @@ async def test_a_living_gateway_closes_what_a_dead_one_left_open(lossy: tuple[Lo
     place, _ = lossy
     living = place.open(lease_s=3)
     other = LogPlace(replace(place.settings, ratchet=place.settings.ratchet.with_name("other")), place.admin_url)
-    other.settings.ratchet.write_text("probity/ratchet/v1 0\n")
+    Ratchet.create(other.settings.ratchet)
     dying = other.open(lease_s=3)
     await dying.append(received(R[0]))
     await living.append(received(R[1]))

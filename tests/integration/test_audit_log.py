@@ -18,7 +18,7 @@ from audit.journal import TOKENS_BEHIND
 from audit.keys import KeyFileMissing
 from audit.leaf import Leaf
 from audit.log import AuditLog
-from audit.ratchet import RatchetMissing
+from audit.ratchet import Ratchet, RatchetMissing
 from audit.reader import AuditReader
 from audit.records import SYSTEM, Json, Record, RecordType, Segment
 from audit.writer import (
@@ -343,7 +343,7 @@ async def test_gateways_that_share_a_database_share_the_logs_and_number_each_lea
     logs = [first.open()]
     for number in (1, 2):
         other = replace(first.settings, ratchet=tmp_path / f"ratchet-{number}")
-        other.ratchet.write_text("probity/ratchet/v1 0\n")
+        Ratchet.create(other.ratchet)
         logs.append(AuditLog.open(other))
 
     async def one(number: int) -> None:

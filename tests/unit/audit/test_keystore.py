@@ -104,6 +104,7 @@ def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyStoreUnavailable):
         KeyStore.open(f"sqlite:///{tmp_path}/missing/keys.db")
     (tmp_path / "text.db").write_text("this is no database, whatever its name says " * 50)
+    (tmp_path / "text.db").chmod(0o600)
     with pytest.raises(KeyStoreUnavailable):
         KeyStore.open(f"sqlite:///{tmp_path}/text.db")
 
