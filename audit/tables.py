@@ -35,6 +35,9 @@ from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.sql.compiler import SQLCompiler
 
+# Which leaves say what policy holds; written out, so that both databases find them by their index.
+IN_FORCE = "type IN ('policy.activated', 'policy.rolled_back')"
+
 metadata = MetaData()
 
 _LOG = String(255)  # an origin, e.g. `probity.local/acme-bank`
@@ -57,6 +60,7 @@ leaf = Table(
     CheckConstraint("length(leaf_hash) = 32", name="leaf_hash_has_32_bytes"),
     Index("leaf_request", "request_id"),
     Index("leaf_record", "record_id", unique=True),
+    Index("leaf_in_force", "log", "time", sqlite_where=text(IN_FORCE), postgresql_where=text(IN_FORCE)),
     # Exactly one closing record a request, whoever writes it.
     Index(
         "leaf_closes_once",

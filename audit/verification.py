@@ -4,7 +4,7 @@ In the order of the leaves: the index is dense; the bytes have the stored hash, 
 columns say; `writer_seq` is dense and `prev` chained per writer; each part's ciphertext has the committed hash; at the
 size of every signed checkpoint, stored or held by the auditor, the root is the signed one. Then what is not in the
 tree: leaves not yet numbered, chains, tiles, the stored head, closing records, and the officers' index: a request that
-is hidden from who searches is as good as one that is not there.
+is hidden from who searches is as good as one that is not there. Last, the policies that the leaves name by digest.
 
 A leaf that was changed together with its stored hash shows later, in a root or in the next leaf of its writer.
 `_blame` then finds which leaf of those not yet proved by a signature it was.
@@ -25,6 +25,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, Select, and_, func, literal, select
 
+from audit.activation import wrong_policy
 from audit.canonical import LeafError, leaf_hash
 from audit.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from audit.content import ContentError, check_ciphertext
@@ -166,6 +167,7 @@ class LogVerifier:
             self._content_without_leaf()
             self._requests()
             self._index()
+            self._policies()
         except _Found as found:
             wrong = Wrong(self.log, found.index, found.reason)
         except (TypeError, ValueError, OverflowError, MemoryError):
@@ -524,6 +526,12 @@ class LogVerifier:
         except (KeyError, AttributeError, TypeError) as error:
             raise _Found(f"a leaf of request `{row.request_id}` is not of its type's form") from error
         return next((name for name, value in expected.items() if getattr(row, name) != value), None)
+
+    def _policies(self) -> None:
+        """What decides is what was put on record as deciding; a policy's text and its digest could be edited alike."""
+        wrong = wrong_policy(self.connection, self.log)
+        if wrong is not None:
+            raise _Found(*wrong)
 
     def _last_index(self, request_id: str) -> int | None:
         kinds = [kind.value for kind in (*CLOSING, RecordType.REQUEST_RECEIVED, RecordType.REQUEST_DENIED)]

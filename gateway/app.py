@@ -14,14 +14,17 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from types import FrameType
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy import Connection
 from starlette.types import ASGIApp
 
 import migrations
+from audit.activation import last_activation
 from audit.content import RandomPages
 from audit.identifier import NOISE_BYTES, uuid7
 from audit.log import AuditLog, LogSettings, OnDeath
@@ -50,6 +53,7 @@ from gateway.settings import Settings
 from gateway.standings import Standings
 from gateway.state import AppState
 from gateway.telemetry import Telemetry
+from policies.document import FLOOR_TENANT
 from policies.follower import Follower
 from policies.limits import DAY_S, Holder, LimitLedger, PastUse
 from policies.store import PolicyStore
@@ -137,7 +141,7 @@ def load_model(settings: Settings) -> Engine:
 def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> AppState:
     telemetry = Telemetry(settings.telemetry, engine.model.name)
     ledger = LimitLedger(clock.monotonic)
-    policies = PolicyStore(log.database.watcher)
+    policies = PolicyStore(log.database.watcher, on_record=partial(_activated, log))
     standings = Standings(policies, settings.limits.max_governed)
     reader = AuditReader(log.database.reader, log.keyring, log.keystore)
     _restore_limits(ledger, reader, clock)
@@ -166,6 +170,13 @@ def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> Ap
         telemetry=telemetry,
         refusals=Refusals(log),
     )
+
+
+def _activated(log: AuditLog, connection: Connection, tenant: str) -> tuple[int, str] | None:
+    """Return what the log says was activated last for a tenant, or of the floor."""
+    origin = log.origin(SYSTEM if tenant == FLOOR_TENANT else tenant)
+    found = last_activation(connection, origin, tenant)
+    return None if found is None else (found.version, found.digest)
 
 
 def _restore_limits(ledger: LimitLedger, reader: AuditReader, clock: Clock) -> None:

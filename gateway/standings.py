@@ -7,7 +7,8 @@ and nobody else anything. Knows no policy's content.
 from __future__ import annotations
 
 from gateway.bounded_reads import BoundedReads
-from policies.store import PolicyStore, Standing
+from gateway.error_responses import note_failure
+from policies.store import PolicyStore, Standing, VersionDamaged
 
 AT_ONCE = 2  # reads: most wait for what the first one brings into memory
 
@@ -23,7 +24,13 @@ class Standings:
     async def of(self, tenant: str) -> Standing:
         """Raises: StoreUnavailable; ApiError when too many wait."""
         held = self._store.held(tenant)
-        return held if held is not None else await self._reads.run(self._store.standing, tenant)
+        if held is not None:
+            return held
+        try:
+            return await self._reads.run(self._store.standing, tenant)
+        except VersionDamaged as damaged:
+            note_failure("policy_not_as_recorded", damaged)
+            raise
 
     def suspended_meanwhile(self, tenant: str) -> bool:
         """Whether a tenant that is being answered is suspended by now. Raises: StoreUnavailable."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -40,7 +41,7 @@ MAX_STANDINGS = 4_096  # tenants whose policy is kept in memory
 # ├── NoSuchVersion     there is no such version
 # ├── AlreadySo         it is active, suspended or resumed already
 # └── StoreUnavailable  the database does not answer, or has not for too long: nothing may be decided
-#     └── VersionDamaged  a version's text in the database is not what was stored; nothing is served by it
+#     └── VersionDamaged  a version's text in the database is not what was stored or activated; nothing is served by it
 
 
 class PolicyStoreError(Exception):
@@ -64,7 +65,7 @@ class StoreUnavailable(PolicyStoreError):
 
 
 class VersionDamaged(StoreUnavailable):
-    """A stored version's text does not have its digest."""
+    """A stored version's text does not have its digest, or not the one that was activated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,10 @@ class TenantState:
     generation: int  # 0 where nothing was ever stored
 
 
+# (connection, tenant) → version and digest of what was activated last, as it is on record
+OnRecord = Callable[[Connection, str], tuple[int, str] | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What holds for a tenant: a request keeps the one that it started with."""
@@ -97,8 +102,13 @@ class Standing:
 class PolicyStore:
     """Reads on `engine`; it is shared by all threads, its cache is replaced whole."""
 
-    def __init__(self, engine: Engine, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, engine: Engine, monotonic: Callable[[], float] = time.monotonic, on_record: OnRecord | None = None
+    ) -> None:
+        """`on_record` says what was activated: who edits a version can edit its digest, and not what was recorded of
+        it. What holds is held against it whenever it is read; without it, against its own digest only."""
         self._engine = engine
+        self._on_record = on_record
         self._monotonic = monotonic
         self._lock = Lock()
         self._refreshing = Lock()  # held over a read: an older state never comes after a newer one
@@ -141,8 +151,8 @@ class PolicyStore:
         if held is None:
             epoch = self._epoch
             try:
-                with self._engine.connect() as connection:
-                    held = Standing(_effective(connection, tenant), state(connection, tenant).suspended)
+                with _one_state(self._engine) as connection:
+                    held = Standing(self._effective(connection, tenant), state(connection, tenant).suspended)
             except SQLAlchemyError as error:
                 raise StoreUnavailable("the policies cannot be read") from error
             self._keep(tenant, held, epoch)
@@ -154,6 +164,20 @@ class PolicyStore:
 
     def suspended(self, tenant: str) -> bool:
         return self.standing(tenant).suspended
+
+    def _effective(self, connection: Connection, tenant: str) -> EffectivePolicy | None:
+        document = self._attested(connection, tenant)
+        return None if document is None else compose(self._attested(connection, FLOOR_TENANT), document)
+
+    def _attested(self, connection: Connection, tenant: str) -> PolicyDocument | None:
+        """Return the active document, which is the one that the last record of an activation names."""
+        number = state(connection, tenant).active_version
+        if number is None:
+            return None
+        held = version(connection, tenant, number)
+        if self._on_record is not None and self._on_record(connection, tenant) != (number, held.digest):
+            raise VersionDamaged("the active policy is not the one whose activation is on record; restore the database")
+        return held.document
 
     def _keep(self, tenant: str, held: Standing, epoch: int) -> None:
         """Keep what was read, unless a change came in while it was: else what is no more would hold for ever."""
@@ -241,6 +265,21 @@ class PolicyStore:
 
 
 # --- reading within a transaction ---
+
+
+@contextmanager
+def _one_state(engine: Engine) -> Iterator[Connection]:
+    """Yield a connection on which all statements see one state: what holds and what is on record change together."""
+    if engine.dialect.name == "postgresql":
+        with engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+            yield connection
+        return
+    with engine.connect() as connection:
+        driver: Any = connection.connection.dbapi_connection
+        if not driver.in_transaction:
+            connection.exec_driver_sql("BEGIN")  # the driver begins by itself only before a write
+        yield connection
+
 
 _CHANGES = select(func.count(), func.coalesce(func.sum(tenant_state.c.generation), 0))
 _STATES = select(tenant_state.c.tenant, tenant_state.c.generation, tenant_state.c.suspended)
@@ -368,11 +407,6 @@ def _check_composes(connection: Connection, document: PolicyDocument) -> None:
 def _active(connection: Connection, tenant: str) -> PolicyDocument | None:
     number = state(connection, tenant).active_version
     return None if number is None else version(connection, tenant, number).document
-
-
-def _effective(connection: Connection, tenant: str) -> EffectivePolicy | None:
-    document = _active(connection, tenant)
-    return None if document is None else compose(_active(connection, FLOOR_TENANT), document)
 
 
 def _stored(row: Any) -> StoredVersion:

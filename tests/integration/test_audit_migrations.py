@@ -37,7 +37,7 @@ def test_the_history_goes_up_down_and_up(empty_url: str) -> None:
 
 
 def test_the_tables_have_the_columns_and_indexes_the_code_declares(empty_url: str) -> None:
-    migrations.upgrade(empty_url, "0001")
+    migrations.upgrade(empty_url)
     engine = create_engine(empty_url)
     try:
         found = inspect(engine)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
-from audit.records import SYSTEM, Record, RecordType
+from audit.log import AuditLog
+from audit.records import Record, RecordType
 from gateway.app import create_app
 from gateway.oversight import Officer
 from gateway.policy_change import Change, PolicyChanges
@@ -19,7 +20,7 @@ from policies.document import FLOOR_TENANT, parse_policy
 from policies.request import Principal
 from policies.store import PolicyStore, StaleGeneration, StoredVersion, activate, insert_version, state
 from tests.support.scripted_engine import ScriptedEngine
-from tests.support.tenant import TENANT, policy_text
+from tests.support.tenant import TENANT, activation_record, policy_text
 
 OFFICER = Officer(Principal("iss", "petra@platform.example", "*", frozenset({"policy_approver"}), None, None), None)
 NOW = datetime(2026, 11, 20, tzinfo=UTC)
@@ -49,16 +50,18 @@ class FloorMovesMeanwhile(PolicyStore):
         return found
 
 
-def raise_floor(log: object, name: str) -> None:
+def raise_floor(log: AuditLog, name: str) -> None:
     document = parse_policy(f'api_version: policy/v1\ntenant: "*"\nname: {name}\ndefault: deny\n')
 
-    def change(connection: Connection) -> None:
+    with log.database.reader.connect() as connection:
         generation = state(connection, FLOOR_TENANT).generation
-        number = insert_version(connection, document, "test", "test", 0, generation)
+    number = generation // 2 + 1
+
+    def change(connection: Connection) -> None:
+        assert insert_version(connection, document, "test", "test", 0, generation) == number
         activate(connection, FLOOR_TENANT, number, generation + 1)
 
-    record = Record(RecordType.POLICY_ACTIVATED, SYSTEM, {"name": name})
-    log.append_blocking(record, within=change)  # type: ignore[attr-defined]
+    log.append_blocking(activation_record(document, number, generation + 2), within=change)
 
 
 def change(rooms: AppState) -> Change:

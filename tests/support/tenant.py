@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 from fastapi import FastAPI
 from sqlalchemy import Connection
 
-from audit.records import Record, RecordType
+from audit.records import SYSTEM, Json, Record, RecordType
 from gateway.auth.development import DevelopmentIssuer
 from gateway.state import AppState
-from policies.document import parse_policy
-from policies.store import activate, insert_version, state
+from policies.document import FLOOR_TENANT, PolicyDocument, parse_policy
+from policies.store import activate, insert_version
 
 TENANT = "test-tenant"
 MODEL = "test-chat"
@@ -43,14 +44,28 @@ def activate_policy(app: FastAPI, text: str) -> None:
     rooms: AppState = app.state.probity
     document = parse_policy(text)
 
+    generation = rooms.policies.state(document.tenant).generation
+    number = len(rooms.policies.versions(document.tenant)) + 1
+
     def change(connection: Connection) -> None:
-        generation = state(connection, document.tenant).generation
-        number = insert_version(connection, document, "test", "test", round(time.time() * 1e6), generation)
+        made = insert_version(connection, document, "test", "test", round(time.time() * 1e6), generation)
+        assert made == number
         activate(connection, document.tenant, number, generation + 1)
 
-    record = Record(RecordType.POLICY_ACTIVATED, document.tenant, {"name": document.name})
-    rooms.log.append_blocking(record, within=change)
+    rooms.log.append_blocking(activation_record(document, number, generation + 2), within=change)
     rooms.policies.invalidate(document.tenant)
+
+
+def activation_record(document: PolicyDocument, number: int, generation: int) -> Record:
+    """Return the record of an activation as the gateway writes it, but for who made it."""
+    body: dict[str, Json] = {
+        "tenant": document.tenant,
+        "generation": generation,
+        "version": number,
+        "digest": "sha256:" + hashlib.sha256(document.canonical()).hexdigest(),
+        "name": document.name,
+    }
+    return Record(RecordType.POLICY_ACTIVATED, SYSTEM if document.tenant == FLOOR_TENANT else document.tenant, body)
 
 
 def credential(
