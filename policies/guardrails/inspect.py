@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from policies.decision import Action, GuardrailSpec, Stage, StreamingMode
-from policies.guardrails.detectors import longest_span, prefilter
-from policies.guardrails.fold import fold
-from policies.guardrails.pattern import CONTEXT
+from policies.guardrails.detectors import chosen, longest_span, prefilter
+from policies.guardrails.fold import Folded, fold
+from policies.guardrails.pattern import CONTEXT, Entity
 
 
 class Outcome(StrEnum):
@@ -66,13 +66,7 @@ _OUTCOMES = {Action.BLOCK: Outcome.BLOCKED, Action.REDACT: Outcome.REDACTED, Act
 def inspect_input(text: str, specs: Sequence[GuardrailSpec]) -> InputInspection:
     """Return what the model may see of `text`, as rendered by the chat template, under the input guardrails."""
     own = [spec for spec in specs if spec.stage is Stage.INPUT]
-    spans: list[_Span] = []
-    failed: set[int] = set()
-    for position, spec in enumerate(own):
-        try:
-            spans += _spans(text, spec, position)
-        except Exception:  # fail closed, whatever a library does: the verdict says `error`, and it blocks
-            failed.add(position)
+    spans, failed = _spans(text, own)
     verdicts = tuple(_verdict(spec, _counts(spans, at), at in failed) for at, spec in enumerate(own))
     blocked = next((v.guardrail for v in verdicts if v.outcome in (Outcome.BLOCKED, Outcome.ERROR)), None)
     redacted = [span for span in spans if own[span.guardrail].action is Action.REDACT]
@@ -193,7 +187,7 @@ class _Stream:
         """Return the position before which no match can still begin or grow. What folds to nothing does not count."""
         folded = fold(self._held)
         try:
-            looks_settled = min(prefilter(spec.detector, spec.entities).settled(folded.text) for spec in self._specs)
+            looks_settled = prefilter(*map(_wanted, self._specs)).settled(folded.text)
         except Exception:  # fail closed: `_scan` will fail on the same text, and say so
             looks_settled = 0
         settled = max(looks_settled, len(folded.text) - self._hold)
@@ -244,12 +238,9 @@ class _Stream:
         """Return the findings that start in the held text, in its positions."""
         known = len(self._context)
         text = self._context + self._held
-        spans: list[_Span] = []
-        for position, spec in enumerate(self._specs):
-            try:
-                spans += _spans(text, spec, position)
-            except Exception:  # fail closed, as above
-                self._fail(position)
+        spans, failed = _spans(text, self._specs)
+        for position in sorted(failed):
+            self._fail(position)
         self._scanned = True
         return [_Span(s.start - known, s.end - known, s.entity, s.guardrail) for s in spans if s.start >= known]
 
@@ -264,11 +255,36 @@ class _Stream:
             counts.update(_counts(found, position))
 
 
-def _spans(text: str, spec: GuardrailSpec, position: int) -> list[_Span]:
+def _wanted(spec: GuardrailSpec) -> tuple[str, tuple[str, ...]]:
+    return spec.detector, spec.entities
+
+
+def _spans(text: str, specs: Sequence[GuardrailSpec]) -> tuple[list[_Span], set[int]]:
+    """Return what guardrails find, and which of them failed: fail closed, whatever a library does. The verdict of a
+    failed one says `error`, and it blocks."""
+    if not specs:
+        return [], set()
+    spans: list[_Span] = []
+    failed: set[int] = set()
     folded = fold(text)
+    try:  # all in one pass: a look at a short text costs little beside asking for it
+        occurring = prefilter(*map(_wanted, specs)).candidates(folded.text)
+    except Exception:
+        return [], set(range(len(specs)))
+    for position, spec in enumerate(specs if occurring else ()):
+        try:
+            spans += _found(folded, spec, position, occurring)
+        except Exception:
+            failed.add(position)
+    return spans, failed
+
+
+def _found(folded: Folded, spec: GuardrailSpec, position: int, occurring: Sequence[Entity]) -> list[_Span]:
+    wanted = chosen(spec.detector, spec.entities)
     return [
         _Span(*folded.original_span(start, end), entity.name, position)
-        for entity in prefilter(spec.detector, spec.entities).candidates(folded.text)
+        for entity in occurring
+        if entity in wanted
         for start, end in entity.find(folded.text)
     ]
 

@@ -68,12 +68,12 @@ def ours(directory: Path, requests: list[Asked], concurrency: int) -> Load:
         return _asked(one.url, one.token_file, MODEL, requests, concurrency)
 
 
-def vllm(python: Path, directory: Path, requests: list[Asked], concurrency: int) -> Load:
-    """Ask vLLM's own server."""
+def vllm(python: Path, directory: Path, requests: dict[int, list[Asked]]) -> dict[int, Load]:
+    """Ask vLLM's own server, which takes minutes to start, by how many are asked at once; return what was measured."""
     with _vllm_served(python, directory) as url, tempfile.NamedTemporaryFile("w") as token:
         token.write("none")
         token.flush()
-        return _asked(url, token.name, "peer", requests, concurrency)
+        return {at_once: _asked(url, token.name, "peer", some, at_once) for at_once, some in requests.items()}
 
 
 def _asked(url: str, token_file: str, model: str, requests: list[Asked], concurrency: int) -> Load:
@@ -157,10 +157,10 @@ def main() -> None:
         )
         print(f"{'at once':>8} {'ours, governed':>15} {'gap p50':>8} {'p99':>6} {'vLLM':>6} {'gap p50':>8} {'p99':>6} "
               f"{'transformers':>13} {'ours ÷ vLLM':>12} {'÷ transformers':>15}")  # fmt: skip
-        for concurrency in CONCURRENCIES:
-            requests = draw_requests(max(6, arguments.rounds * concurrency))
-            mine = ours(directory, requests, concurrency)
-            peer = vllm(arguments.vllm, directory, requests, concurrency) if arguments.vllm is not None else None
+        asked = {at_once: draw_requests(max(6, arguments.rounds * at_once)) for at_once in CONCURRENCIES}
+        peers = vllm(arguments.vllm, directory, asked) if arguments.vllm is not None else {}
+        for concurrency, requests in asked.items():
+            mine, peer = ours(directory, requests, concurrency), peers.get(concurrency)
             static = transformers_static(directory, requests, concurrency)
             ratio = f"{mine.tokens_per_s / peer.tokens_per_s:.2f}" if peer is not None else "–"
             print(f"{concurrency:>8} {_speed(mine, 15)} {_speed(peer, 6)} {static:>13.0f} {ratio:>12} "
