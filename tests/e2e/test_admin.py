@@ -26,8 +26,8 @@ REASON = "the yearly review"
 
 
 @pytest.fixture
-def gateway(tmp_path: Path) -> Iterator[RunningGateway]:
-    overrides: dict[str, Any] = {"audit__append_timeout_s": 0.4}
+def gateway(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[RunningGateway]:
+    overrides: dict[str, Any] = getattr(request, "param", {})
     with running_gateway(tmp_path, ScriptedEngine(lambda prompt: "an answer"), **overrides) as running:
         yield running
 
@@ -249,6 +249,7 @@ def test_each_change_and_its_record_say_the_same(
         assert REASON.encode() not in leaf.encode()
 
 
+@pytest.mark.parametrize("gateway", [{"audit__append_timeout_s": 0.7}], indirect=True, ids=["impatient"])
 def test_without_a_record_there_is_no_change(
     gateway: RunningGateway, author: Hand, approver: Hand, admin: Hand
 ) -> None:
