@@ -83,7 +83,7 @@ def _asked(url: str, token_file: str, model: str, requests: list[Asked], concurr
         workload.write_text("\n".join(lines))
         load = run_load(url, token_file, model, concurrency, len(requests), workload=workload)
     if load.errors:
-        raise SystemExit(f"{load.errors} requests failed")
+        raise SystemExit(f"requests to {model} were refused with {load.refusals}")
     return load
 
 
@@ -155,6 +155,7 @@ def main() -> None:
         print(
             f"{arguments.shape}: {parameters / 1e6:.0f} M parameters, bfloat16; output tokens/s, and ms between chunks"
         )
+        print(f"{arguments.rounds} requests for each that is asked at once, at least 6")
         print(f"{'at once':>8} {'ours, governed':>15} {'gap p50':>8} {'p99':>6} {'vLLM':>6} {'gap p50':>8} {'p99':>6} "
               f"{'transformers':>13} {'ours ÷ vLLM':>12} {'÷ transformers':>15}")  # fmt: skip
         asked = {at_once: draw_requests(max(6, arguments.rounds * at_once)) for at_once in CONCURRENCIES}

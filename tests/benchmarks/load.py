@@ -39,6 +39,7 @@ class Load:
     chunks: int
     gap_p50_ms: float  # between chunks of one answer; a chunk may hold several tokens
     gap_p99_ms: float
+    refusals: list[int]  # statuses
 
     @property
     def requests_per_s(self) -> float:
@@ -81,6 +82,7 @@ def run_load(
 @dataclass(slots=True)
 class _One:
     ok: bool = False
+    status: int = 0
     ttft: float = 0.0
     total: float = 0.0
     tokens: int = 0
@@ -92,6 +94,7 @@ async def _ask(session: aiohttp.ClientSession, url: str, body: dict[str, object]
     one, start = _One(), time.perf_counter()
     last = start
     async with session.post(url, json=body) as response:
+        one.status = response.status
         if response.status != 200:
             return one
         if not body["stream"]:
@@ -165,6 +168,7 @@ def _summary(results: list[_One], wall: float) -> Load:
         chunks=sum(one.chunks for one in good),
         gap_p50_ms=_quantile(gaps, 0.5),
         gap_p99_ms=_quantile(gaps, 0.99),
+        refusals=[one.status for one in results if not one.ok],
     )
 
 

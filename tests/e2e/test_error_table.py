@@ -74,7 +74,7 @@ def engine(board: Switchboard) -> ScriptedEngine:
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, engine: ScriptedEngine) -> Iterator[RunningGateway]:
-    overrides: dict[str, Any] = {"audit__append_timeout_s": 0.5, "server__max_body_bytes": 65_536}
+    overrides: dict[str, Any] = {"audit__append_timeout_s": 1.5, "server__max_body_bytes": 65_536}
     with running_gateway(tmp_path_factory.mktemp("errors"), engine, **overrides) as running:
         for tenant, (obligations, sections) in TENANTS.items():
             text = policy_text(engine.model.digest, tenant=tenant, obligations=obligations, sections=sections)

@@ -22,7 +22,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningGateway]:
-    overrides: dict[str, Any] = {"audit__append_timeout_s": 0.4, "server__max_body_bytes": 4096}
+    overrides: dict[str, Any] = {"audit__append_timeout_s": 1.5, "server__max_body_bytes": 4096}
     with running_gateway(tmp_path_factory.mktemp("refusals"), ScriptedEngine(), **overrides) as running:
         yield running
 
