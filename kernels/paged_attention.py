@@ -5,8 +5,8 @@ state (m, l, o), and states are merged in ascending order. A decode step's one t
 the same products of query rows by a segment, so that prefill == decode == chunked == cache hit, in bits. Two ways to a
 segment's state keep that: `segment_fused` is the library's one-pass kernel; `segment_tiled` walks tiles of 64 keys in
 float32, 16 rows at a time. Where the library gives a row the same bits among any 2 to 16, one token of a sequence goes
-without the rows that would be padding; where it does among any multiple of 16, a prompt goes in one piece, which takes
-a tenth of the time. (Among 33 rows, whose last stands alone in the library's own tiles, it does not.)
+without the rows that would be padding; where it does among any multiple of 16, a prompt goes in one piece, whose keys
+are read once. (Among 33 rows, whose last stands alone in the library's own tiles, it does not.)
 `verify_invariance` tests a machine for all of it. Keys that a row may not see change no bit, unless they are its own
 sequence's and not finite. A sink is a state of its own, merged before the first segment. A cache may hold float8, see
 float8.py: what is read of it is widened first, and nothing else changes.

@@ -266,15 +266,15 @@ def _spans(text: str, specs: Sequence[GuardrailSpec]) -> tuple[list[_Span], set[
         return [], set()
     spans: list[_Span] = []
     failed: set[int] = set()
-    folded = fold(text)
     try:  # all in one pass: a look at a short text costs little beside asking for it
+        folded = fold(text)
         occurring = prefilter(*map(_wanted, specs)).candidates(folded.text)
-    except Exception:
+    except Exception:  # of whichever library: nobody has looked, so nobody has passed it
         return [], set(range(len(specs)))
     for position, spec in enumerate(specs if occurring else ()):
         try:
             spans += _found(folded, spec, position, occurring)
-        except Exception:
+        except Exception:  # this one alone has not looked
             failed.add(position)
     return spans, failed
 

@@ -132,6 +132,7 @@ def test_what_left_the_window_is_not_read() -> None:
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (8, 8, 34), (16, 1, 64)])
 def test_decode_equals_prefill_equals_chunks_in_bits(segment: Segment, heads: int, groups: int, size: int) -> None:
     if not verify_invariance(segment, groups, size, torch.bfloat16):
+        assert segment is not SEGMENTS["tiled"]  # the last resort, which holds everywhere
         pytest.skip("the library is not invariant here for these heads, and the engine would not take it")
     length = 2 * SEGMENT + 9
     world = World([length, 70], heads, groups, size)
