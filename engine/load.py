@@ -1,8 +1,8 @@
-"""Loading: a configuration in, a running engine out. The engine's composition root."""
+"""Loading: a configuration in, an engine out, running or about to. The engine's composition root."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,17 +17,46 @@ from engine.model_runner import blocks_in
 from engine.models.decoder import DecoderConfig
 from engine.models.model import ModelShape
 from engine.numeric_policy import digest, with_kv_cache
-from engine.reading import Progress, Reading, silently
+from engine.reading import KeptFiles, Progress, Reading, silently
 from engine.request import ModelVersion
-from engine.runtime import EngineRuntime, Report, RuntimeTimes
+from engine.runtime import EngineRuntime, Report, RuntimeTimes, Served
+from engine.step_thread import StepThread
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from engine.weights import read_model, version_of
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine:
+    """What a step thread needs, and what is told of it."""
+
+    core: EngineCore
+    grammars: Grammars | None
+    tokenizer: Tokenizer
+    files: KeptFiles  # that the tokenizer was made of
+    served: Served
 
 
 def load_engine(config: EngineConfig, report: Report | None = None, progress: Progress = silently) -> EngineRuntime:
     """Load the model and start the engine's thread. `report` is told of a step that is stuck or failed, and where.
 
-    `progress` is told how far the files are read. What is parsed is what was hashed: no file is read a second time.
+    engine_process.py does the same in a process of its own.
+
+    Raises: as `load`.
+    """
+    loaded = load(config, progress)
+    return EngineRuntime(
+        lambda tell: StepThread(loaded.core, tell, grammars=loaded.grammars),
+        loaded.tokenizer,
+        loaded.served,
+        report=report,
+        times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
+    )
+
+
+def load(config: EngineConfig, progress: Progress = silently) -> LoadedEngine:
+    """Load the model. `progress` is told how far the files are read.
+
+    What is parsed is what was hashed: no file is read a second time.
 
     Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
     """
@@ -57,15 +86,19 @@ def load_engine(config: EngineConfig, report: Report | None = None, progress: Pr
         detokenizer_for=lambda sampling: IncrementalDetokenizer(tokenizer, sampling.stop),
         adapters=frozenset(adapters),
     )
-    return EngineRuntime(
+    return LoadedEngine(
         core,
+        Grammars.of(tokenizer.json, shape.vocab_size, tokenizer.eos_ids),
         tokenizer,
-        version,
-        digest(with_kv_cache(loaded.policy, config.kv_cache_dtype)),
-        adapted=[one.version for one in adapted.values()],
-        grammars=Grammars.of(tokenizer.json, shape.vocab_size, tokenizer.eos_ids),
-        report=report,
-        times=RuntimeTimes(stuck_after_s=config.stuck_after_s),
+        reading.kept(),
+        Served(
+            version,
+            tuple(one.version for one in adapted.values()),
+            digest(with_kv_cache(loaded.policy, config.kv_cache_dtype)),
+            core.limits,
+            core.scheduler.pool.total,
+            core.metrics(),
+        ),
     )
 
 

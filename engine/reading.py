@@ -87,34 +87,18 @@ class Stream:
         return "sha256:" + self._hash.hexdigest()
 
 
-class Reading:
-    """The files of a directory as they are when this is made, or a refusal."""
+class Files:
+    """Small files by name, and what they say."""
 
-    def __init__(
-        self,
-        directory: Path,
-        progress: Progress = silently,
-        called: str = "the model directory",  # in messages
-    ) -> None:
-        self.directory = directory.resolve()  # a link that is led elsewhere later leads nowhere new
-        self._progress = progress
-        self._called = called
-        self._found = _files(self.directory)  # by name, at the beginning
-        self._asked: set[str] = set()  # names that something depends on
-        self._texts: dict[str, bytes] = {}
-        self._digests: dict[str, str] = {}
+    called = "the model directory"  # in messages
 
     def has(self, name: str) -> bool:
         """Return whether there is a file of that name."""
-        self._asked.add(name)
-        return name in self._found
+        raise NotImplementedError
 
     def whole(self, name: str) -> bytes:
-        """Return a small file whole. Raises WeightsError."""
-        if name not in self._texts:
-            with self.stream(name) as stream:
-                self._texts[name] = stream.take(stream.size)
-        return self._texts[name]
+        """Return a file whole. Raises WeightsError."""
+        raise NotImplementedError
 
     def text(self, name: str) -> str:
         """Return a file of UTF-8, its lines ended as Python's text files end them. Raises WeightsError."""
@@ -131,8 +115,58 @@ class Reading:
         except (ValueError, RecursionError) as error:
             raise self._unreadable(name) from error
         if not isinstance(value, dict):
-            raise WeightsError(f"`{name}` of {self._called} is not an object")
+            raise WeightsError(f"`{name}` of {self.called} is not an object")
         return value
+
+    def _unreadable(self, name: str) -> WeightsError:
+        return WeightsError(f"`{name}` of {self.called} cannot be read")
+
+
+class KeptFiles(Files):
+    """Files that were read, to be parsed once more, elsewhere: the same bytes, without another reading."""
+
+    def __init__(self, texts: dict[str, bytes]) -> None:
+        self._texts = texts
+
+    def has(self, name: str) -> bool:
+        return name in self._texts
+
+    def whole(self, name: str) -> bytes:
+        if name not in self._texts:
+            raise WeightsError(f"`{name}` is missing in {self.called}")
+        return self._texts[name]
+
+
+class Reading(Files):
+    """The files of a directory as they are when this is made, or a refusal."""
+
+    def __init__(
+        self,
+        directory: Path,
+        progress: Progress = silently,
+        called: str = "the model directory",  # in messages
+    ) -> None:
+        self.directory = directory.resolve()  # a link that is led elsewhere later leads nowhere new
+        self._progress = progress
+        self.called = called
+        self._found = _files(self.directory)  # by name, at the beginning
+        self._asked: set[str] = set()  # names that something depends on
+        self._texts: dict[str, bytes] = {}
+        self._digests: dict[str, str] = {}
+
+    def has(self, name: str) -> bool:
+        self._asked.add(name)
+        return name in self._found
+
+    def whole(self, name: str) -> bytes:
+        if name not in self._texts:
+            with self.stream(name) as stream:
+                self._texts[name] = stream.take(stream.size)
+        return self._texts[name]
+
+    def kept(self) -> KeptFiles:
+        """Return the files that were read whole."""
+        return KeptFiles(dict(self._texts))
 
     @contextmanager
     def stream(self, name: str) -> Iterator[Stream]:
@@ -142,7 +176,7 @@ class Reading:
             WeightsError: it is missing, cannot be read, or is not what it was at the beginning.
         """
         if not self.has(name):
-            raise WeightsError(f"`{name}` is missing in {self._called}")
+            raise WeightsError(f"`{name}` is missing in {self.called}")
         try:
             with open(self.directory / name, "rb", buffering=0, opener=_opened) as file:
                 self._refuse_changed(name, _identity(os.fstat(file.fileno())))
@@ -173,9 +207,6 @@ class Reading:
     def _refuse_changed(self, name: str, identity: Identity | None) -> None:
         if identity != self._found.get(name):
             raise _changed(name)
-
-    def _unreadable(self, name: str) -> WeightsError:
-        return WeightsError(f"`{name}` of {self._called} cannot be read")
 
 
 def _files(directory: Path) -> dict[str, Identity]:

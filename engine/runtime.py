@@ -1,14 +1,14 @@
-"""EngineRuntime: the thread that steps, and asyncio's side of it. Implements `request.Engine` on one EngineCore.
+"""EngineRuntime: asyncio's side of an engine, before whoever steps. Implements `request.Engine`.
 
-    event loops ── messages (add, abort, close) ──▶ inbox ──▶ step thread: core.add / abort / step
-    event loops ◀── one call_soon_threadsafe per step and loop, with every delta of that step ───┘
+    event loops ── messages (add, abort, close) ──▶ worker: a thread of this process, or a process
+    event loops ◀── one call_soon_threadsafe per step and loop, with every delta of that step ─── worker
 
-Only the step thread touches the core. What the two sides share is `_in_flight`, under one lock; what is read from
-outside is a frozen snapshot taken after every step. A request is in flight from `generate` until the step thread has
-sent its last delta, so messages are bounded: one add and one abort each.
+The worker is worker.py's; it tells what came of a step on a thread of its own. What the two sides share is
+`_in_flight`, under one lock; what is read from outside is a frozen snapshot of the last step. A request is in flight
+from `generate` until the worker has told its last delta, so messages are bounded: one add and one abort each.
 
 The heartbeat is the time of the last completed step while anything is in flight. A step older than `stuck_after_s`
-makes the engine not alive and fails what waits for it; a thread that died, or was closed, fails everything for good.
+makes the engine not alive and fails what waits for it; a worker that ended, or was closed, fails everything for good.
 Nothing waits for ever.
 """
 
@@ -16,23 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import sys
 import threading
 import time
-import traceback
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
-from engine.core import Emission, EngineCore
+from engine.core import Emission
 from engine.dialect import Dialect
-from engine.grammar import Grammars, Start
-from engine.limits import refuse_impossible
+from engine.limits import EngineLimits, refuse_impossible
 from engine.metrics import EngineMetrics
 from engine.request import (
     EngineDead,
@@ -47,9 +41,9 @@ from engine.request import (
     TokenDelta,
 )
 from engine.stream import Stream
+from engine.worker import Abort, Add, Checked, Close, Event, Forget, Refused, Stepped, Tell, Trouble, Worker
 
 COMPILED_AT_ONCE = 2  # grammars
-MAX_FRAMES = 12  # of a stack that is reported
 
 Report = Callable[[str, Sequence[str]], None]  # an event, and where
 
@@ -80,78 +74,60 @@ class Codec(Protocol):
 @dataclass(frozen=True, slots=True)
 class RuntimeTimes:
     stuck_after_s: float = 60.0  # > 0; a step that takes longer is stuck
-    idle_check_s: float = 5.0  # > 0; idle time after which the bookkeeping is checked, once
     close_s: float = 10.0  # ≥ 0; how long `close` waits for the step under way
 
 
 @dataclass(frozen=True, slots=True)
-class _Add:
-    request: GenerationRequest
-    stream: Stream
-    start: Start | None  # of its structure
+class Served:
+    """What an engine serves, and within which bounds."""
+
+    model: ModelVersion
+    adapted: tuple[ModelVersion, ...]  # versions of the model with each adapter
+    numeric_policy: str  # its digest
+    limits: EngineLimits
+    block_count: int
+    metrics: EngineMetrics  # before the first step
 
 
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    stream: Stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Close:
-    pass
-
-
-_Message = _Add | _Abort | _Close
 _Post = tuple[Stream, TokenDelta | EngineError]
 
 
 class EngineRuntime:
     def __init__(
         self,
-        core: EngineCore,
+        start: Callable[[Tell], Worker],  # called once, and told where to tell
         codec: Codec,
-        model: ModelVersion,
-        numeric_policy: str,
+        served: Served,
         *,
-        adapted: Iterable[ModelVersion] = (),  # versions of the model with each adapter of the core
-        grammars: Grammars | None = None,  # none: structures are refused
         times: RuntimeTimes | None = None,
         report: Report | None = None,  # of a step that is stuck or failed, and where; without it, a line in the log
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._core = core
         self._codec = codec
-        self._model = model
-        self._versions = MappingProxyType({version.digest: version for version in (model, *adapted)})
-        self._numeric_policy = numeric_policy
-        self._grammars = grammars
+        self._served = served
+        self._versions = MappingProxyType({version.digest: version for version in (served.model, *served.adapted)})
         self._compiling = asyncio.Semaphore(COMPILED_AT_ONCE)
-        self._limits = core.limits
-        self._block_count = core.scheduler.pool.total
+        self._limits = served.limits
         self._times = times or RuntimeTimes()
         self._report = report or _log
         self._reported: float | None = None  # the time of the step that was reported as stuck
         self._clock = clock
         self._lock = threading.Lock()
-        self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next five
+        self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next four
         self._pending_since = clock()  # when `_in_flight` last ceased to be empty
         self._death: str | None = None  # why nothing is generated any more
         self._draining = False
         self._drained: Future[None] = Future()
-        self._to_forget: set[bytes] = set()  # salts
-        self._inbox: queue.Queue[_Message] = queue.Queue(2 * self._limits.in_flight + 1)
-        self._set_aside: deque[_Message] = deque()  # taken in during a step; an abort at most of each request in flight
-        self._last_step = clock()  # written by the step thread, as are the next two
+        self._last_step = clock()  # written as the worker tells, as are the next two
         self._findings = 0
-        self._snapshot = core.metrics()
-        self._thread = threading.Thread(target=self._work, name="probity-engine", daemon=True)
-        self._thread.start()
+        self._snapshot = served.metrics
+        self._worker = start(self._hear)
 
     # What is asked from outside, from any thread.
 
     @property
     def model(self) -> ModelVersion:
-        return self._model
+        return self._served.model
 
     @property
     def versions(self) -> Mapping[str, ModelVersion]:
@@ -159,7 +135,7 @@ class EngineRuntime:
 
     @property
     def numeric_policy(self) -> str:
-        return self._numeric_policy
+        return self._served.numeric_policy
 
     @property
     def context_length(self) -> int:
@@ -193,27 +169,34 @@ class EngineRuntime:
         Raises: RequestRefused, EngineOverloaded, EngineDraining on the first step; EngineDead at any.
         """
         structure = request.sampling.structure
-        stream = self._open(request, await self._compiled(structure) if structure is not None else None)
-        self._watch(stream)
+        compiled = await self._compiled(structure) if structure is not None else None
         try:
-            while True:
-                delta = await stream.next()
-                yield delta
-                if delta.finish_reason is not None:
-                    return
+            stream = self._open(request, compiled)
+            self._watch(stream)
+            try:
+                while True:
+                    delta = await stream.next()
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+            finally:
+                stream.unwatch()
+                self._send_abort(stream)
         finally:
-            stream.unwatch()
-            self._send_abort(stream)
+            if compiled is not None:
+                self._worker.release(compiled)
 
     async def prepare(self, structure: Structure) -> None:
-        """Raises: RequestRefused: outputs of this structure cannot be generated."""
-        await self._compiled(structure)
+        """Raises: RequestRefused: outputs of this structure cannot be generated. EngineDead."""
+        self._worker.release(await self._compiled(structure))
 
-    async def _compiled(self, structure: Structure) -> Start:
-        if self._grammars is None:
-            raise RequestRefused("this engine knows no structured output; install `llguidance`", "response_format")
+    async def _compiled(self, structure: Structure) -> Any:
         async with self._compiling:
-            return await asyncio.to_thread(self._grammars.compile, structure)
+            try:
+                async with asyncio.timeout(self._times.stuck_after_s):
+                    return await self._worker.compile(structure)
+            except TimeoutError:
+                raise EngineDead("the engine makes no progress") from None
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is in flight; its iterator then ends with a delta that says so."""
@@ -223,8 +206,7 @@ class EngineRuntime:
             self._send_abort(stream)
 
     def reset_cache(self, cache_salt: bytes) -> None:
-        with self._lock:
-            self._to_forget.add(cache_salt)
+        self._worker.send(Forget(cache_salt))
 
     def health(self) -> EngineHealth:
         snapshot = self._snapshot
@@ -255,28 +237,27 @@ class EngineRuntime:
         return bool(done)
 
     def close(self) -> None:
-        """Stop the step thread after the step under way; what is still in flight fails with EngineDead."""
+        """Stop the worker after the step under way; what is still in flight fails with EngineDead."""
         with self._lock:
             closing = self._death is None
             if closing:
                 self._death = "the engine is closed"
         if closing:
-            self._inbox.put_nowait(_Close())
-        self._thread.join(self._times.close_s)
-        if self._thread.is_alive():
-            self._die("the engine is closed")
+            self._worker.send(Close())
+        self._worker.join(self._times.close_s)
+        self._die(self._death or "the engine is closed")
 
     # Shared by both sides.
 
-    def _open(self, request: GenerationRequest, start: Start | None) -> Stream:
-        refuse_impossible(request, self._limits, self._block_count)
+    def _open(self, request: GenerationRequest, compiled: Any) -> Stream:
+        refuse_impossible(request, self._limits, self._served.block_count)
         stream = Stream(request.request_id, asyncio.get_running_loop())
         with self._lock:
             self._refuse_now(request)
             if not self._in_flight:
                 self._pending_since = self._clock()
             self._in_flight[request.request_id] = stream
-            self._inbox.put_nowait(_Add(request, stream, start))
+            self._worker.send(Add(request, compiled))
         return stream
 
     def _refuse_now(self, request: GenerationRequest) -> None:
@@ -296,7 +277,7 @@ class EngineRuntime:
             if self._in_flight.get(stream.request_id) is not stream or stream.leaving:
                 return
             stream.leaving = True
-            self._inbox.put_nowait(_Abort(stream))
+            self._worker.send(Abort(stream.request_id))
 
     def _age(self) -> float | None:
         """Return the seconds since the last completed step while something is in flight. Call under the lock."""
@@ -315,16 +296,11 @@ class EngineRuntime:
             if unheard_of:
                 self._reported = self._last_step
         if unheard_of:
-            self._report("engine_stuck", self._where())
+            self._worker.report_stuck()
         if stuck:
             stream.put(EngineDead("the engine makes no progress"))
         else:
             stream.watch = stream.loop.call_later(self._times.stuck_after_s, self._watch, stream)
-
-    def _where(self) -> list[str]:
-        """Return where the step thread stands, innermost first."""
-        frame = sys._current_frames().get(self._thread.ident or 0)
-        return _places(traceback.extract_stack(frame)) if frame is not None else []
 
     def _forget(self, streams: Iterable[Stream]) -> None:
         with self._lock:
@@ -337,83 +313,33 @@ class EngineRuntime:
         if self._draining and not self._in_flight and not self._drained.done():
             self._drained.set_result(None)
 
-    # The step thread.
+    # What the worker tells.
 
-    def _work(self) -> None:
-        try:
-            while self._receive():
-                emissions = self._core.step(self._take_in)
-                self._last_step = self._clock()
-                self._snapshot = self._core.metrics()
-                self._emit(emissions)
-        except BaseException as error:
-            # Whatever it is, nobody may be left waiting for it. Its message may hold content; its place does not.
-            self._report("engine_failed", [type(error).__name__, *_places(traceback.extract_tb(error.__traceback__))])
-            self._die("the engine failed")
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self._last_step = self._clock()
+            self._snapshot = event.metrics
+            self._emit(event.emissions)
+        elif isinstance(event, Refused):
+            stream = self._in_flight.get(event.request_id)
+            if stream is not None:
+                self._forget([stream])
+                self._send([(stream, event.refusal)])
+        elif isinstance(event, Checked):
+            for finding in event.findings:
+                logger.error("engine bookkeeping: %s: %s", finding.defect, finding.message)
+            self._findings += len(event.findings)
+        elif isinstance(event, Trouble):
+            self._report(event.event, event.places)
         else:
-            self._die("the engine is closed")
-
-    def _receive(self) -> bool:
-        """Handle every message there is, waiting for one if there is no work; return whether to go on."""
-        message = self._set_aside.popleft() if self._set_aside else self._first_message()
-        while message is not None:
-            if isinstance(message, _Close):
-                return False
-            self._handle(message)
-            message = self._set_aside.popleft() if self._set_aside else self._poll()
-        self._reset_caches()
-        return True
-
-    def _take_in(self) -> None:
-        """While a step is under way, let its scheduler know who has come; the rest waits for its end."""
-        message = self._poll()
-        while message is not None:
-            if isinstance(message, _Add):
-                self._handle(message)
-            else:
-                self._set_aside.append(message)
-            message = self._poll()
-
-    def _reset_caches(self) -> None:
-        with self._lock:
-            salts, self._to_forget = self._to_forget, set()
-        for salt in salts:
-            self._core.reset_cache(salt)
-
-    def _first_message(self) -> _Message | None:
-        if self._core.has_work:
-            return self._poll()
-        self._snapshot = self._core.metrics()
-        try:
-            return self._inbox.get(timeout=self._times.idle_check_s)
-        except queue.Empty:
-            self._check_integrity()
-            return self._inbox.get()
-
-    def _poll(self) -> _Message | None:
-        try:
-            return self._inbox.get_nowait()
-        except queue.Empty:
-            return None
-
-    def _handle(self, message: _Add | _Abort) -> None:
-        if isinstance(message, _Abort):
-            emission = self._core.abort(message.stream.request_id)
-            if emission is not None:
-                self._emit([emission])
-            return
-        try:
-            self._core.add(message.request, message.start)
-        except EngineError as refusal:
-            self._forget([message.stream])
-            self._send([(message.stream, refusal)])
+            self._die(event.reason)
 
     def _emit(self, emissions: Sequence[Emission]) -> None:
         posts: list[_Post] = []
         ended: list[Stream] = []
         for emission in emissions:
             stream = self._in_flight.get(emission.request_id)
-            if stream is None:  # the engine was closed during this step; the stream knows
+            if stream is None:  # the engine was closed during this step, and the stream knows; or its loop is gone
                 continue
             posts.append((stream, emission.delta))
             if emission.failure is not None:
@@ -425,7 +351,7 @@ class EngineRuntime:
             self._forget(ended)
         gone = self._send(posts)
         for stream in gone:
-            self._core.abort(stream.request_id)
+            self._send_abort(stream)
         if gone:
             self._forget(gone)
 
@@ -442,12 +368,6 @@ class EngineRuntime:
                 gone.extend(stream for stream, _ in batch)
         return gone
 
-    def _check_integrity(self) -> None:
-        findings = self._core.check_integrity()
-        for finding in findings:
-            logger.error("engine bookkeeping: %s: %s", finding.defect, finding.message)
-        self._findings += len(findings)
-
     def _die(self, reason: str) -> None:
         with self._lock:
             self._death = reason
@@ -460,11 +380,6 @@ class EngineRuntime:
 def _deliver(batch: Iterable[_Post]) -> None:
     for stream, item in batch:
         stream.put(item)
-
-
-def _places(frames: traceback.StackSummary) -> list[str]:
-    """Return where frames stand, innermost first: names and lines, no values."""
-    return [f"{Path(frame.filename).name}:{frame.lineno}:{frame.name}" for frame in reversed(frames[-MAX_FRAMES:])]
 
 
 def _log(event: str, places: Sequence[str]) -> None:

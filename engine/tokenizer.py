@@ -20,11 +20,11 @@ from jinja2 import TemplateError, meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from engine.chat_template import chat_template
 from engine.config import UnsupportedModel
 from engine.dialect import TAGS, Dialect, ToolFormat
-from engine.reading import Reading, WeightsError
+from engine.reading import Files, WeightsError
 from engine.request import RequestRefused
-from engine.weights import chat_template
 
 REPLACEMENT = "\ufffd"
 _BYTE_NAME = re.compile(r"<0x[0-9A-F]{2}>")  # of a byte for which a vocabulary has no character
@@ -34,14 +34,14 @@ MAX_HELD_TOKENS = 8  # an incomplete character is at most four bytes, so at most
 class Tokenizer:
     """`runtime.Codec` over a model's directory."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, files: Files) -> None:
         """Raises: WeightsError, UnsupportedModel."""
-        config = reading.json("tokenizer_config.json")
-        self._tokenizer = _load(reading)
-        self._plain = _load(reading)
+        config = files.json("tokenizer_config.json")
+        self._tokenizer = _load(files)
+        self._plain = _load(files)
         self._plain.encode_special_tokens = True  # `<|im_end|>` in plain text is ten characters
         added = self._tokenizer.get_added_tokens_decoder()
-        template = chat_template(reading)
+        template = chat_template(files)
         self.dialect = Dialect.of(template, frozenset(entry.content for entry in added.values()))
         self._special_ids = frozenset(token for token, entry in added.items() if entry.special)
         self._special = frozenset(added[token].content for token in self._special_ids)
@@ -53,7 +53,7 @@ class Tokenizer:
         # A token for what the vocabulary lacks is special too, but any rare character becomes it.
         unknown = self._variables["unk_token"]
         self._control_ids = self._special_ids - {None if unknown is None else self._tokenizer.token_to_id(unknown)}
-        self.eos_ids = self._eos(reading)
+        self.eos_ids = self._eos(files)
 
     @property
     def vocabulary_size(self) -> int:
@@ -163,15 +163,15 @@ class Tokenizer:
         """Whether every token stands for bytes, whatever its neighbours are."""
         return type(self._tokenizer.decoder).__name__ == "ByteLevel"
 
-    def _eos(self, reading: Reading) -> frozenset[int]:
+    def _eos(self, files: Files) -> frozenset[int]:
         """Return every id that ends an answer: the tokenizer's, and those of generation_config.json."""
         ids: set[int] = set()
         name = self._variables["eos_token"]
         if name is not None and (token := self._tokenizer.token_to_id(name)) is not None:
             ids.add(token)
         for file in ("generation_config.json", "config.json"):
-            if reading.has(file):
-                value = reading.json(file).get("eos_token_id")
+            if files.has(file):
+                value = files.json(file).get("eos_token_id")
                 ids.update(value if isinstance(value, list) else [] if value is None else [value])
         if not ids:
             raise UnsupportedModel("the model names no end-of-sequence token; answers would never end")
@@ -256,10 +256,10 @@ class IncrementalDetokenizer:
         return 0
 
 
-def _load(reading: Reading) -> tokenizers.Tokenizer:
-    if not reading.has("tokenizer.json"):
+def _load(files: Files) -> tokenizers.Tokenizer:
+    if not files.has("tokenizer.json"):
         raise WeightsError("`tokenizer.json` is missing in the model directory; save it with a fast tokenizer")
-    source = reading.text("tokenizer.json")
+    source = files.text("tokenizer.json")
     try:
         return tokenizers.Tokenizer.from_str(_with_tags_as_text(source))
     except Exception as error:  # the library raises a bare Exception for a file it cannot read

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.chat_template import chat_template
 from engine.reading import Progress, Reading, WeightsError, silently
 from engine.request import ModelVersion
 from engine.shard import Shard, Stored
@@ -29,7 +30,6 @@ CASTABLE = (torch.bfloat16, torch.float16, torch.float32)
 _CAST_FROM = {torch.float16: "float16", torch.float32: "float32"}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TEMPLATE = "chat_template.jinja"
 TIED_HEAD = "lm_head.weight"  # may be stored beside the embedding it is tied to
 
 
@@ -142,16 +142,6 @@ def version_digest(version: ModelVersion) -> str:
     if version.adapter is not None:
         text += f"adapter {version.adapter.digest}\n"
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
-
-
-def chat_template(reading: Reading) -> str:
-    """Return the chat template, or nothing where the model has none. Raises WeightsError."""
-    if reading.has(TEMPLATE):
-        return reading.text(TEMPLATE)
-    template = reading.json("tokenizer_config.json").get("chat_template") or ""
-    if isinstance(template, list):  # several by name
-        template = next((entry["template"] for entry in template if entry["name"] == "default"), "")
-    return str(template)
 
 
 def joined_digest(reading: Reading, names: Iterable[str]) -> str:

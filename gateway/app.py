@@ -12,7 +12,7 @@ import asyncio
 import gc
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from types import FrameType
@@ -72,15 +72,16 @@ def create_app(
 
     Raises: what a room raises that cannot keep its promise; `START_REFUSALS` in start_refusal.py lists it.
     """
-    log = open_log(settings, on_log_death)
-    try:
-        engine = engine or load_model(settings)
+    with ExitStack() as opened:
+        log = open_log(settings, on_log_death)
+        opened.callback(log.close)
+        if engine is None:
+            engine = load_model(settings)
+            opened.callback(engine.close)
         for version in engine.versions.values():
             log.append_blocking(_model_loaded(version, engine.numeric_policy))
         state = _join(settings, log, engine, clock)
-    except BaseException:
-        log.close()
-        raise
+        opened.pop_all()  # theirs who serve, from here on
     app = FastAPI(title="Probity", version="2026.11.0", lifespan=_lifespan, openapi_url=None)
     app.state.probity = state
     app.state.key_client = key_client()
@@ -116,10 +117,13 @@ def open_log(settings: Settings, on_death: OnDeath) -> AuditLog:
 def load_model(settings: Settings) -> Engine:
     """Load the model of the settings. torch is imported here and not before: a gateway can do without."""
     from engine.config import EngineConfig
-    from engine.load import load_engine
     from gateway.demo import model_directory
 
     chosen = settings.engine
+    if chosen.runs_in == "process":
+        from engine.engine_process import start_engine as load_engine
+    else:
+        from engine.load import load_engine
     return load_engine(
         EngineConfig(
             model=settings.model.path or model_directory(),

@@ -68,6 +68,7 @@ _ORIGIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?:/[a-z0-9][a-z0-9
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _WEIGHT = re.compile(r"[^=\s]{1,128}=(?:[1-9][0-9]{0,2}|1000)")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}=[^\0]+", re.DOTALL)
+_RUNS_IN = ("thread", "process")
 _KV_CACHE_DTYPES = ("bfloat16", "fp8_e4m3")
 _DEVICE = re.compile(r"cpu|cuda(?::(?:0|[1-9][0-9]{0,2}))?")
 _HOST = re.compile(r"[A-Za-z0-9.:-]{1,253}")
@@ -189,6 +190,11 @@ class EngineSettings:
         None,
         text_kind("`cpu`, `cuda` or `cuda:N`", lambda t: bool(_DEVICE.fullmatch(t))),
         "what computes; without it, `cuda` where torch finds one, else the CPU",
+    )
+    runs_in: str = setting(
+        "thread",
+        text_kind("`thread` or `process`", _RUNS_IN.__contains__),
+        "a thread of the gateway's process, or a process of its own: faster where there are two CPUs or more",
     )
     threads: int | None = setting(
         None, integer_kind(1, 1024), "threads of the CPU for tensors; without it, torch decides"

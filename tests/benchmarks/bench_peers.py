@@ -63,9 +63,9 @@ def _length(rng: random.Random, mean: float, sigma: float, most: int) -> int:
     return min(max(round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)), 8), most)
 
 
-def ours(directory: Path, requests: list[Asked], concurrency: int) -> Load:
+def ours(directory: Path, requests: list[Asked], concurrency: int, runs_in: str) -> Load:
     """Ask the gateway."""
-    with served("governed", ["--model", str(directory)]) as one:
+    with served("governed", ["--model", str(directory), "--runs-in", runs_in]) as one:
         return _asked(one.url, one.token_file, MODEL, requests, concurrency)
 
 
@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--rounds", type=int, default=2, help="requests for each that is asked at once")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vLLM")
+    parser.add_argument("--runs-in", choices=("thread", "process"), default="process", help="where our engine steps")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     print(f"{describe_machine()}; torch {torch.__version__}, 2 threads")
@@ -162,7 +163,7 @@ def main() -> None:
         asked = {at_once: draw_requests(max(6, arguments.rounds * at_once)) for at_once in CONCURRENCIES}
         peers = vllm(arguments.vllm, directory, asked) if arguments.vllm is not None else {}
         for concurrency, requests in asked.items():
-            mine, peer = ours(directory, requests, concurrency), peers.get(concurrency)
+            mine, peer = ours(directory, requests, concurrency, arguments.runs_in), peers.get(concurrency)
             static = transformers_static(directory, requests, concurrency)
             ratio = f"{mine.tokens_per_s / peer.tokens_per_s:.2f}" if peer is not None else "–"
             print(f"{concurrency:>8} {_speed(mine, 15)} {_speed(peer, 6)} {static:>13.0f} {ratio:>12} "

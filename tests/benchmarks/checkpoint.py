@@ -57,15 +57,18 @@ def _config(shape: str) -> Any:
 
 
 def make_word_tokenizer(vocabulary: int) -> Any:
-    """Return a tokenizer of which almost every token is a word with its blank: so each token of an answer is seen."""
+    """Return a tokenizer of which almost every token is a word with its blank: so each token of an answer is seen.
+
+    By merges alone, since some servers read nothing else of a family's tokenizer.
+    """
     from transformers import PreTrainedTokenizerFast
 
     fast = make_tokenizer()
     model = json.loads(fast.backend_tokenizer.to_str())
-    tokens = model["model"]["vocab"]
-    for number, word in zip(range(len(fast), vocabulary), words(), strict=False):
-        tokens["Ġ" + word] = number
-    model["model"]["ignore_merges"] = True  # a word that is a token is that token
+    tokens, merges = model["model"]["vocab"], _merges_of_words(vocabulary - len(fast))
+    for pair in merges:
+        tokens.setdefault("".join(pair), len(tokens))
+    model["model"]["merges"] = merges + model["model"]["merges"]  # the first in the list is done first
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(model)),
         eos_token=fast.eos_token,
@@ -73,6 +76,21 @@ def make_word_tokenizer(vocabulary: int) -> Any:
         model_max_length=CONTEXT,
         chat_template=fast.chat_template,
     )
+
+
+def _merges_of_words(tokens: int) -> list[list[str]]:
+    """Return merges that make so many tokens at most, as many of them words as possible."""
+    letters = string.ascii_lowercase
+    ends = [[one, other] for one, other in itertools.product(letters, repeat=2)]
+    starts: list[list[str]] = []  # of a blank with one letter, then of these with a second
+    made: list[list[str]] = []
+    for word in words():
+        new = [start for start in (["Ġ", word[0]], ["Ġ" + word[0], word[1]]) if start not in starts]
+        if len(ends) + len(starts) + len(new) + len(made) + 1 > tokens:
+            break
+        starts += new
+        made.append(["Ġ" + word[:2], word[2:]])
+    return [*sorted(starts, key=lambda pair: len(pair[0])), *ends, *made]
 
 
 def words() -> Iterator[str]:

@@ -46,10 +46,11 @@ OBLIGATIONS = "guardrails: [pii-in, secrets-in, pii-out], limits: wide"
 SCRIPTED_ANSWER = "A transfer abroad costs twelve euros and takes two days. " * 8
 
 
-def make_engine(name: str, data: Path, model: Path | None) -> Engine:
+def make_engine(name: str, data: Path, model: Path | None, runs_in: str) -> Engine:
     if name == "scripted":
         return ScriptedEngine(lambda prompt: SCRIPTED_ANSWER)
     overrides = {"data_dir": str(data), **({"model.path": str(model)} if model is not None else {})}
+    overrides["engine.runs_in"] = runs_in
     return load_model(load_settings(None, {}, overrides))
 
 
@@ -124,9 +125,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
     parser.add_argument("--model", type=Path, help="a directory, instead of the demonstration model")
+    parser.add_argument("--runs-in", choices=("thread", "process"), default="thread")
     parser.add_argument("--commit-delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
-    engine = make_engine(arguments.engine, arguments.data, arguments.model)
+    engine = make_engine(arguments.engine, arguments.data, arguments.model, arguments.runs_in)
     if arguments.kind == "bare":
         run_bare(arguments.data, arguments.port, engine)
     else:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from typing import Any
 
 from engine.core import EngineCore
 from engine.dialect import Dialect
 from engine.grammar import Grammars
 from engine.plan import Interrupted, StepPlan, StepResult, never
 from engine.request import ModelVersion
-from engine.runtime import EngineRuntime, RuntimeTimes
+from engine.runtime import EngineRuntime, RuntimeTimes, Served
+from engine.step_thread import IDLE_CHECK_S, StepThread
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.paged_runner import PagedRunner
 
@@ -43,9 +44,15 @@ def make_runtime(
     *,
     times: RuntimeTimes | None = None,
     kind: type[EngineRuntime] = EngineRuntime,
-    clock: Callable[[], float] | None = None,
+    clock: Callable[[], float] = time.monotonic,
     grammars: Grammars | None = None,
     dialect: Dialect | None = None,
+    idle_check_s: float = IDLE_CHECK_S,
 ) -> EngineRuntime:
-    options: dict[str, Any] = {"grammars": grammars} if clock is None else {"grammars": grammars, "clock": clock}
-    return kind(core, ByteTokenizer(dialect), MODEL, POLICY, times=times, **options)
+    return kind(
+        lambda tell: StepThread(core, tell, grammars=grammars, idle_check_s=idle_check_s),
+        ByteTokenizer(dialect),
+        Served(MODEL, (), POLICY, core.limits, core.scheduler.pool.total, core.metrics()),
+        times=times,
+        clock=clock,
+    )

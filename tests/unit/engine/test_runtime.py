@@ -394,7 +394,7 @@ async def test_idle_bookkeeping_is_checked_and_reported_but_nothing_is_killed(
     core = make_core()
     core.scheduler.pool.allocate(1)  # a leak: nobody will ever release it
     with caplog.at_level(logging.ERROR):
-        engine = closing(make_runtime(core, times=RuntimeTimes(idle_check_s=0.01)))
+        engine = closing(make_runtime(core, idle_check_s=0.01))
         await until(lambda: engine.metrics().integrity_findings > 0)
     assert "engine bookkeeping: references" in caplog.text
     assert len((await collect(engine, make_request("r", [1], 3))).tokens) == 3
