@@ -65,6 +65,8 @@ class EngineProcess:
         self._lock = threading.Lock()
         self._compiling: dict[int, Future[None]] | None = {}  # by ticket, under the lock; None once the child has ended
         self._closing = False
+        self._sender = threading.Thread(target=self._send_messages, name="probity-engine-sender", daemon=True)
+        self._receiver = threading.Thread(target=self._receive_events, name="probity-engine-receiver", daemon=True)
         try:
             self._connection.send(config)
             self._await_ready(progress)
@@ -96,8 +98,8 @@ class EngineProcess:
     def begin(self, tell: Tell) -> EngineProcess:
         """From now on, tell what comes."""
         self._tell = tell
-        for work in (self._send_messages, self._receive_events):
-            threading.Thread(target=work, name=f"probity-engine-{work.__name__.split('_')[1]}", daemon=True).start()
+        self._sender.start()
+        self._receiver.start()
         return self
 
     def kill(self) -> None:
@@ -141,19 +143,26 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(END_S)
+        self._receiver.join(END_S)
 
     # The threads.
 
     def _send_messages(self) -> None:
-        while (message := self._mailbox.get()) is not None:
+        message = None
+        while not isinstance(message, Close):
+            message = self._mailbox.get()
             try:
                 self._connection.send(message)
             except OSError:  # the receiver knows of the end
                 return
-            if isinstance(message, Close):
-                return
 
     def _receive_events(self) -> None:
+        self._receive_until_the_end()
+        self._mailbox.put(Close())  # wakes the sender, which may wait for a message
+        self._sender.join()
+        self._connection.close()
+
+    def _receive_until_the_end(self) -> None:
         ended = False
         while not ended:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,8 +61,7 @@ def load(config: EngineConfig, progress: Progress = silently) -> LoadedEngine:
 
     Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) - 1))
     device = open_device(config.device)
     reading = read_model(config.model, progress)
     tokenizer = Tokenizer(reading)

@@ -48,6 +48,7 @@ from gateway.identification import RequestIdentification
 from gateway.log_death import end_process
 from gateway.pipeline import Clock, Pipeline
 from gateway.refusals import Refusals
+from gateway.release import PACES
 from gateway.routes import admin, audit, health, inference, models, policy, receipts
 from gateway.settings import Settings
 from gateway.standings import Standings
@@ -168,6 +169,7 @@ def _join(settings: Settings, log: AuditLog, engine: Engine, clock: Clock) -> Ap
             clock,
             RandomPages(),
             weight=settings.engine.weight,
+            pace=PACES[settings.engine.runs_in],
             max_governed=settings.limits.max_governed,
             max_of_tenant=settings.limits.max_governed_per_tenant,
         ),

@@ -75,7 +75,7 @@ class Generation:
         cache_salt: bytes,
         weight: int,
         recorded: float,
-        streams: Callable[[], int],
+        rest_s: Callable[[], float],
     ) -> None:
         question = grant.question
         self._grant = grant
@@ -105,7 +105,7 @@ class Generation:
             monotonic,
             engine.token_text,
             on_halt=self._abort_choice,
-            streams=streams,
+            rest_s=rest_s,
         )
 
     async def run(self) -> None:

@@ -43,6 +43,7 @@ from gateway.generation import Generation
 from gateway.grant import Grant, Question
 from gateway.message import structure_of
 from gateway.refusals import NO_POLICY, UNKNOWN_ALIAS
+from gateway.release import Pace
 from gateway.schemas.bodies import InferenceRequest
 from gateway.schemas.embeddings import EmbeddingsRequest
 from gateway.schemas.inference import ChatRequest, CompletionRequest, TextRequest
@@ -119,6 +120,7 @@ class Pipeline:
         random: Random,
         *,
         weight: Callable[[str], int],
+        pace: Pace,
         max_governed: int,
         max_of_tenant: int | None,
     ) -> None:
@@ -132,6 +134,7 @@ class Pipeline:
         self._clock = clock
         self._random = random
         self._weight = weight
+        self._pace = pace
         self._max_governed = max_governed
         self._max_of_tenant = max_of_tenant or -(-3 * max_governed // 4)
         self._of_tenant: Counter[str] = Counter()  # entering and governed
@@ -492,7 +495,7 @@ class Pipeline:
             cache_salt=self._salt(tenant),
             weight=self._weight(tenant),
             recorded=self._clock.monotonic(),
-            streams=self._governed.__len__,
+            rest_s=lambda: self._pace.rest_s(len(self._governed)),
         )
         task = asyncio.get_running_loop().create_task(generation.run())
         self._governed.add(task)  # the loop itself keeps only a weak reference

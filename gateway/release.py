@@ -5,8 +5,8 @@
 **Promise 2** is kept here and in pipeline.py: a streamed piece enters the outbox only after the log confirmed it, and
 an answer's last pieces only after its closing record. Delivered ≤ journaled ≤ inspected, always.
 
-The first piece is journaled at once, later ones at most every 20 ms per stream, and less often the more streams there
-are (`pace`): many streams share commits, and journaling does not take the engine's time.
+The first piece is journaled at once, later ones at a pace, and less often the more streams there are (`Pace`): many
+streams share commits, and journaling does not take the time of an engine that shares its interpreter.
 Text is inspected when it is to be journaled, all that waits in one go, or once `INSPECT_CHARS` of it wait: an inspector
 decides the same however a text is cut, and a look costs more than the few characters of one step are worth.
 It knows the log's `journal` and the policies' inspectors; it knows no HTTP and no engine.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import orjson
@@ -26,18 +27,26 @@ from engine.request import TokenLogprob
 from gateway.answer import Outbox, Piece
 from gateway.trail import TokenText, Trail
 
-PACE_S = 0.020  # between two pieces of a stream, at least
-MAX_PACE_S = 0.200  # and no more than this because of others
-PIECES_PER_S = 200  # of all streams together, beyond which each is paced slower
 INSPECT_CHARS = 1024  # generated and not yet inspected, at most, while nothing is journaled
 
 
-def pace(streams: int) -> float:
-    """Return the seconds a stream rests between two pieces while so many are open.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a stream's pieces are journaled. A piece costs about 0.1 ms of a core."""
 
-    A piece costs about 0.1 ms of a core; at 20 ms each, 32 streams would spend a sixth of one on pieces of a token.
-    """
-    return min(max(PACE_S, streams / PIECES_PER_S), MAX_PACE_S)
+    least_s: float  # between two pieces of a stream
+    pieces_per_s: int  # of all streams together, beyond which each is paced slower
+    most_s: float = 0.200  # between two pieces, however many streams there are
+
+    def rest_s(self, streams: int) -> float:
+        """Return the seconds a stream rests between two pieces while so many are open."""
+        return min(max(self.least_s, streams / self.pieces_per_s), self.most_s)
+
+
+PACES = {  # by where the engine runs
+    "thread": Pace(0.020, 200),  # every piece holds up a step
+    "process": Pace(0.002, 2_000),  # where an answer's tokens were seen to come no slower, measured up to 32 streams
+}
 
 
 Told = tuple[int, float, tuple[tuple[int, float], ...]]  # a token, its log-probability, and those of the likeliest
@@ -128,10 +137,10 @@ class Release:
         monotonic: Callable[[], float],
         token_text: TokenText,
         on_halt: Callable[[int], None],
-        streams: Callable[[], int],
+        rest_s: Callable[[], float],
     ) -> None:
-        """`on_halt` is told of a choice that a guardrail ended, once: nothing more of it is wanted. `streams` says how
-        many answers are open now."""
+        """`on_halt` is told of a choice that a guardrail ended, once: nothing more of it is wanted. `rest_s` says how
+        long the stream rests between two pieces now."""
         self._tenant = tenant
         self._request_id = request_id
         self._choices = [_Choice(inspector, token_text) for inspector in inspectors]
@@ -139,7 +148,7 @@ class Release:
         self._journal = journal
         self._monotonic = monotonic
         self._on_halt = on_halt
-        self._streams = streams
+        self._rest_s = rest_s
         self.first_sent: float | None = None  # monotonic seconds
         self._sequence = 0
         self._unsent: list[Piece] = []  # being journaled
@@ -185,7 +194,7 @@ class Release:
             await self._ready.wait()
             self._ready.clear()
             if await self._journal_and_send():  # where all is held, the next step may free it
-                await asyncio.sleep(pace(self._streams()))
+                await asyncio.sleep(self._rest_s())
 
     async def _journal_and_send(self) -> bool:
         """Return whether there was something to journal.

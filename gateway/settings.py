@@ -192,12 +192,12 @@ class EngineSettings:
         "what computes; without it, `cuda` where torch finds one, else the CPU",
     )
     runs_in: str = setting(
-        "thread",
+        "process",
         text_kind("`thread` or `process`", _RUNS_IN.__contains__),
-        "a thread of the gateway's process, or a process of its own: faster where there are two CPUs or more",
+        "where the engine steps: a process of its own, or a thread of the gateway's, slower and in less memory",
     )
     threads: int | None = setting(
-        None, integer_kind(1, 1024), "threads of the CPU for tensors; without it, torch decides"
+        None, integer_kind(1, 1024), "threads of the CPU for tensors; without it, one fewer than there are CPUs"
     )
     kv_cache_mib: int = setting(256, integer_kind(1, 1_048_576, "MiB"), "memory for keys and values of all sequences")
     kv_cache_dtype: str = setting(

@@ -13,7 +13,9 @@ from audit.records import Segment
 from audit.writer import LogUnavailable
 from engine.request import TokenLogprob
 from gateway.answer import Outbox, Piece
-from gateway.release import INSPECT_CHARS, PACE_S, Release, pace
+from gateway.release import INSPECT_CHARS, PACES, Pace, Release
+
+REST_S = 0.02  # between two pieces
 
 
 class Passing:
@@ -82,7 +84,7 @@ class Bench:
             lambda: next(self.moments),
             _bytes_of,
             self.halted.append,
-            lambda: 1,
+            lambda: REST_S,
         )
         self.pieces: list[Piece] = []
 
@@ -137,7 +139,7 @@ async def test_the_first_piece_goes_at_once_and_later_ones_share_a_segment() -> 
         bench.release.add(0, text)
         await turn()
     assert bench.sent() == "a"  # paced
-    await asyncio.sleep(PACE_S * 2)
+    await asyncio.sleep(REST_S * 2)
     assert bench.sent() == "abcd"
     assert [segment.data for segment in bench.journal.durable] == [b"a", b"bcd"]
     assert [segment.sequence for segment in bench.journal.durable] == [0, 1]
@@ -146,7 +148,12 @@ async def test_the_first_piece_goes_at_once_and_later_ones_share_a_segment() -> 
 
 @pytest.mark.parametrize(("streams", "seconds"), [(1, 0.02), (4, 0.02), (8, 0.04), (32, 0.16), (1000, 0.2)])
 def test_the_more_streams_there_are_the_slower_each_is_paced(streams: int, seconds: float) -> None:
-    assert pace(streams) == pytest.approx(seconds)
+    assert Pace(0.02, 200).rest_s(streams) == pytest.approx(seconds)
+
+
+def test_an_engine_that_shares_the_interpreter_is_spared_pieces() -> None:
+    for streams in (1, 8, 32, 1000):
+        assert PACES["thread"].rest_s(streams) >= PACES["process"].rest_s(streams)
 
 
 async def test_a_first_piece_that_is_held_leaves_as_soon_as_it_may() -> None:
@@ -203,7 +210,7 @@ async def test_sent_is_a_prefix_of_journaled_and_that_of_inspected_at_every_mome
         said[choice] += text
         bench.release.add(choice, text)
         if rng.random() < 0.05:
-            await asyncio.sleep(PACE_S / 4)
+            await asyncio.sleep(REST_S / 4)
         await turn(rng.randrange(4))
         for index in range(3):
             assert bench.journal.text(index).startswith(bench.sent(index))
@@ -239,10 +246,10 @@ async def test_a_streamed_choice_is_halted_when_its_text_is_to_be_journaled_and_
     assert (bench.sent(0), bench.halted) == ("your card:", [])
     bench.release.add(0, "111")
     bench.release.add(1, "fine")
-    await asyncio.sleep(PACE_S * 2)
+    await asyncio.sleep(REST_S * 2)
     assert bench.halted == [0]
     bench.release.add(0, " and more")
-    await asyncio.sleep(PACE_S * 2)
+    await asyncio.sleep(REST_S * 2)
     await cancelled(pump)
     bench.release.finish(0, "stop")
     bench.release.finish(1, "stop")
