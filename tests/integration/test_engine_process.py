@@ -32,6 +32,7 @@ from engine.request import (
 )
 from engine.runtime import EngineRuntime
 from engine.worker import Close, Ended, Event
+from tests.support.children import children
 
 PATIENCE_S = 30  # how long a test waits for what must happen; never reached when it does
 SCHEMA = json.dumps(
@@ -73,11 +74,6 @@ def start(tiny_models: dict[str, Path]) -> Iterator[Callable[..., Watched]]:
     for watched in started:
         watched.engine.close()
         assert watched.pid not in children()
-
-
-def children() -> set[int]:
-    """Return the processes that this one started and has not buried."""
-    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def ask(engine: EngineRuntime, name: str, tokens: int = 30, **sampling: object) -> GenerationRequest:
