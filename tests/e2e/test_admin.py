@@ -74,8 +74,8 @@ def draft(author: Hand, text: str, tag: str | None = None) -> httpx.Response:
 
 
 def test_questions_are_answered_while_a_long_policy_is_read(app: Hand, author: Hand) -> None:
-    """On the event loop, reading it would let by at most the few that came before."""
-    long = "".join(f"key-{number}: 1\n" for number in range(14_000))
+    """On the event loop, reading it would let by the one that came before, or two."""
+    long = "".join(f"key-{number}: 1\n" for number in range(20_000))
     answered, tag = 0, etag(author)
     app.post("/v1/chat/completions", CHAT).raise_for_status()  # the policy that holds is in memory
     with ThreadPoolExecutor(1) as pool:
@@ -85,7 +85,7 @@ def test_questions_are_answered_while_a_long_policy_is_read(app: Hand, author: H
             answered += 1
     assert reading.result().status_code == 422
     assert len(reading.result().json()["findings"]) == MAX_FINDINGS
-    assert answered > 5
+    assert answered > 2
 
 
 def test_a_new_version_holds_only_once_it_is_activated(
