@@ -7,17 +7,19 @@ row alone (verified by tests/integration/test_invariance.py).
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from engine.request import TokenLogprob
 
 
-def token_logprob(logprobs: Tensor, token: int, alternatives: int) -> TokenLogprob:
+def token_logprob(logprobs: npt.NDArray[np.float32], token: int, alternatives: int) -> TokenLogprob:
     """Return the entry of `token` in a row [V] of log-probabilities, with the likeliest others, ties by lowest id."""
     top: tuple[tuple[int, float], ...] = ()
     if alternatives:
-        order = torch.sort(logprobs, descending=True, stable=True).indices[:alternatives].tolist()
+        order = torch.sort(torch.from_numpy(logprobs), descending=True, stable=True).indices[:alternatives].tolist()
         top = tuple((index, float(logprobs[index])) for index in order)
     return TokenLogprob(token, float(logprobs[token]), top)
 

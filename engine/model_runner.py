@@ -39,6 +39,7 @@ from kernels.packed_linear import (
 )
 from kernels.paged_attention import SEGMENTS
 
+Floats = npt.NDArray[np.float32]
 CACHED_AS = dict(zip(KV_CACHE_DTYPES, (torch.bfloat16, FLOAT8), strict=True))  # by the name of the setting
 
 
@@ -252,7 +253,7 @@ def _look(
     rows: Sequence[RowPlan], logits: Tensor, hidden: Tensor
 ) -> tuple[tuple[tuple[TokenLogprob, ...], ...], tuple[Reading, ...]]:
     """Return what was sampled and what was read of every row, from the logits [R, V] and the hidden states [T, H]."""
-    logprobs = log_softmax(logits)
+    logprobs = log_softmax(logits).numpy()
     scores = logits.numpy()
     at = iter(range(len(logits)))
     sampled, readings, first = [], [], 0
@@ -260,13 +261,15 @@ def _look(
         sampled.append(tuple(_draw(row, draw, scores, logprobs, next(at)) for draw in row.draws))
         alternatives = row.sampling.prompt_logprobs or 0
         scored = tuple(token_logprob(logprobs[next(at)], score.token, alternatives) for score in row.scores)
-        states = hidden[first : first + len(row.tokens)]
-        readings.append(Reading(scored, pool(row.pool, states.float().numpy()) if row.pool is not None else None))
+        pooled = None
+        if row.pool is not None:
+            pooled = pool(row.pool, hidden[first : first + len(row.tokens)].float().numpy())
+        readings.append(Reading(scored, pooled))
         first += len(row.tokens)
     return tuple(sampled), tuple(readings)
 
 
-def _draw(row: RowPlan, draw: Draw, scores: npt.NDArray[np.float32], logprobs: Tensor, index: int) -> TokenLogprob:
+def _draw(row: RowPlan, draw: Draw, scores: Floats, logprobs: Floats, index: int) -> TokenLogprob:
     params = row.sampling
     token = sample(scores[index], params, row.position(draw), draw)
     return token_logprob(logprobs[index], token, params.top_logprobs if params.logprobs else 0)

@@ -28,7 +28,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(vocabulary: int) -> N
 
 
 def test_the_likeliest_come_best_first_and_ties_by_lowest_id() -> None:
-    logprobs = torch.log(torch.tensor([0.2, 0.1, 0.2, 0.4, 0.1]))
+    logprobs = torch.log(torch.tensor([0.2, 0.1, 0.2, 0.4, 0.1])).numpy()
     entry = token_logprob(logprobs, 1, 4)
     assert [token for token, _ in entry.top] == [3, 0, 2, 1]
     assert [value for _, value in entry.top] == [float(logprobs[token]) for token in (3, 0, 2, 1)]
@@ -36,6 +36,6 @@ def test_the_likeliest_come_best_first_and_ties_by_lowest_id() -> None:
 
 
 def test_more_are_asked_for_than_there_are_and_none() -> None:
-    logprobs = torch.log_softmax(torch.arange(3.0), dim=-1)
+    logprobs = torch.log_softmax(torch.arange(3.0), dim=-1).numpy()
     assert [token for token, _ in token_logprob(logprobs, 0, 20).top] == [2, 1, 0]
     assert token_logprob(logprobs, 0, 0).top == ()
