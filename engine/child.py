@@ -33,7 +33,8 @@ class Child:
         self._connection = connection
         self._sending = threading.Lock()  # the step, the compilers and the receiver all tell
         self._loading = True
-        self._starts: dict[int, Start] = {}  # by ticket; as many as there are structured requests at the gateway
+        # By ticket, until it is released; None: still to be compiled. As many as the gateway has structured requests.
+        self._starts: dict[int, Start | None] = {}
         self._lock = threading.Lock()  # of them
 
     def run(self) -> None:
@@ -65,6 +66,8 @@ class Child:
 
     def _handle(self, message: Any, step_thread: StepThread, compilers: ThreadPoolExecutor) -> None:
         if isinstance(message, Compile):
+            with self._lock:
+                self._starts[message.ticket] = None
             compilers.submit(self._compile, message, step_thread)
         elif isinstance(message, Release):
             with self._lock:
@@ -79,13 +82,17 @@ class Child:
             step_thread.send(message)
 
     def _compile(self, message: Compile, step_thread: StepThread) -> None:
+        with self._lock:
+            if message.ticket not in self._starts:  # nobody waits for it any more
+                return
         try:
             start = step_thread.compile_now(message.structure)
         except RequestRefused as refusal:
             self._tell(Compiled(message.ticket, refusal))
         else:
             with self._lock:
-                self._starts[message.ticket] = start
+                if message.ticket in self._starts:
+                    self._starts[message.ticket] = start
             self._tell(Compiled(message.ticket, None))
 
     def _tell(self, event: object) -> None:

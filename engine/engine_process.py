@@ -29,6 +29,7 @@ from engine.tokenizer import Tokenizer
 from engine.wire import Compile, Compiled, Progressed, Ready, Release, Where
 from engine.worker import Close, Ended, Mailbox, Message, Tell, Trouble
 
+OF_THE_GATEWAY = "PROBITY_"  # begins the names of settings, addresses with passwords among them
 END_S = 5.0  # how long a child that has closed its end, or was killed, may take to be gone
 
 
@@ -163,24 +164,28 @@ class EngineProcess:
         self._connection.close()
 
     def _receive_until_the_end(self) -> None:
-        ended = False
-        while not ended:
+        ended = None
+        while ended is None:
             try:
                 event = self._connection.recv()
+                if isinstance(event, Compiled):
+                    self._settle(event)
+                elif isinstance(event, Ended):
+                    ended = event
+                else:
+                    self._tell(event)
             except (EOFError, OSError):
-                event = self._unforeseen_end()
-            if isinstance(event, Compiled):
-                self._settle(event)
-                continue
-            ended = isinstance(event, Ended)
-            if ended:
-                self._refuse_compiling()
-            self._tell(event)
+                ended = self._unforeseen_end(f"process {self.pid} ended with {self._exit_code()}")
+            except BaseException as error:  # whatever it is, nobody may be left waiting for what is not received
+                self._process.kill()
+                ended = self._unforeseen_end(f"process {self.pid} was killed for {type(error).__name__}")
+        self._refuse_compiling()
+        self._tell(ended)
 
-    def _unforeseen_end(self) -> Ended:
+    def _unforeseen_end(self, how: str) -> Ended:
         if self._closing:
             return Ended("the engine is closed")
-        self._tell(Trouble("engine_failed", [f"process {self.pid} ended with {self._exit_code()}"]))
+        self._tell(Trouble("engine_failed", [how]))
         return Ended("the engine failed")
 
     def _settle(self, told: Compiled) -> None:
@@ -208,13 +213,14 @@ class EngineProcess:
 
 
 def _spawned() -> tuple[Connection[Any, Any], subprocess.Popen[bytes]]:
-    """Start a child; it finds the modules that this process finds, and no terminal's signals find it."""
+    """Start a child. It finds the modules that this process finds; secrets and a terminal's signals do not find it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_GATEWAY)}
     ours, its = socket.socketpair()
     with its:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter on our own module
             [sys.executable, "-P", "-m", "engine.child", str(its.fileno())],
             pass_fds=[its.fileno()],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+            env=environment | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -61,7 +61,7 @@ def load(config: EngineConfig, progress: Progress = silently) -> LoadedEngine:
 
     Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
     """
-    torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) - 1))
+    torch.set_num_threads(config.threads or max(1, _cpus() - 1))
     device = open_device(config.device)
     reading = read_model(config.model, progress)
     tokenizer = Tokenizer(reading)
@@ -100,6 +100,11 @@ def load(config: EngineConfig, progress: Progress = silently) -> LoadedEngine:
             core.metrics(),
         ),
     )
+
+
+def _cpus() -> int:
+    """Return how many CPUs this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _load(reading: Reading, config: EngineConfig, device: torch.device) -> LoadedModel | DeviceModel:

@@ -191,12 +191,11 @@ class EngineRuntime:
         self._worker.release(await self._compiled(structure))
 
     async def _compiled(self, structure: Structure) -> Any:
-        async with self._compiling:
-            try:
-                async with asyncio.timeout(self._times.stuck_after_s):
-                    return await self._worker.compile(structure)
-            except TimeoutError:
-                raise EngineDead("the engine makes no progress") from None
+        try:
+            async with asyncio.timeout(self._times.stuck_after_s), self._compiling:
+                return await self._worker.compile(structure)
+        except TimeoutError:
+            raise EngineDead("the engine makes no progress") from None
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is in flight; its iterator then ends with a delta that says so."""

@@ -32,6 +32,8 @@ from engine.request import (
 )
 from engine.runtime import EngineRuntime
 from engine.worker import Close, Ended, Event
+from gateway.app import load_model
+from gateway.settings import load_settings
 from tests.support.children import children
 
 PATIENCE_S = 30  # how long a test waits for what must happen; never reached when it does
@@ -306,6 +308,26 @@ def test_it_ends_with_the_process_that_started_it_which_needs_no_torch(tiny_mode
             assert gateway.stdout.readline() == "[]\n"
         gateway.kill()
     asyncio.run(until(lambda: not Path(f"/proc/{pid}").exists()))
+
+
+def test_no_setting_of_the_gateway_reaches_it(start: Callable[..., Watched], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PROBITY_DATABASE_URL", "postgresql://a:secret@localhost/b")
+    monkeypatch.setenv("OTHER", "kept")
+    environment = Path(f"/proc/{start().pid}/environ").read_bytes()
+    assert b"OTHER=kept" in environment
+    assert b"PROBITY_" not in environment
+
+
+@pytest.mark.parametrize(("where", "processes"), [("thread", 0), ("process", 1)])
+def test_the_setting_says_where_the_engine_steps(tmp_path: Path, where: str, processes: int) -> None:
+    before, threads = children(), torch.get_num_threads()
+    running = load_model(load_settings(None, {}, {"data_dir": str(tmp_path), "engine.runs_in": where}))
+    try:
+        assert len(children() - before) == processes
+    finally:
+        running.close()
+        torch.set_num_threads(threads)
+    assert children() == before
 
 
 async def test_one_that_is_closed_before_anything_was_asked_is_gone(tiny_models: dict[str, Path]) -> None:
