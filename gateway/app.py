@@ -46,6 +46,7 @@ from gateway.error_responses import (
 )
 from gateway.identification import RequestIdentification
 from gateway.log_death import end_process
+from gateway.open_files import make_room
 from gateway.pipeline import Clock, Pipeline
 from gateway.refusals import Refusals
 from gateway.release import PACES
@@ -294,14 +295,15 @@ class Server(uvicorn.Server):
 
 
 def server(app: FastAPI) -> Server:
-    """Return the server of an app, not yet running."""
+    """Return the server of an app, not yet running. Raises: TooFewFiles."""
     state: AppState = app.state.probity
     settings = state.settings.server
+    make_room(settings.max_connections)
     config = uvicorn.Config(
         secured(app, app.state.key_client),
         host=settings.host,
         port=settings.port,
-        http=bounded_http(settings.head_timeout_s, settings.body_timeout_s),
+        http=bounded_http(settings.head_timeout_s, settings.body_timeout_s, settings.max_connections),
         h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,
         access_log=False,

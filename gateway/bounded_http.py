@@ -1,4 +1,4 @@
-"""The server's HTTP, with a bound on what it keeps of a request that has not begun to make sense.
+"""The server's HTTP, with a bound on connections, and on what it keeps of a request that has not begun to make sense.
 
 The parser collects a head, a chunk's extensions or a trailer until they end, however long they are, and before anybody
 asks for a credential. Here a connection that sends `MAX_RATIO` times the headers we take, and still no end of them, is
@@ -7,6 +7,8 @@ answered 431 and closed; what is too large and ends is refused by admission.py, 
 What is small may still never come. A head must be there in time, from the connection's beginning or from its own first
 byte on, or it is answered 408 and closed. So must a body, from its head on: the request is marked `LATE`, and who reads
 it is told at once (admission.py answers 408, with its id). A request that comes whole in one piece costs no timer.
+
+Who connects while `max_connections` are open is answered 503 and closed, before anything is read.
 
 Knows bytes, no requests. Source: RFC 9112 sections 3, 7.1, 9.5; RFC 6585 section 5 (431); RFC 9110 section 15.5.9.
 """
@@ -18,7 +20,7 @@ from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.errors import ApiError, headers_too_large, request_timeout
+from gateway.errors import ApiError, headers_too_large, overloaded, request_timeout
 
 MAX_RATIO = 4  # a header of one letter takes four bytes more than it counts
 MAX_ADDRESS_BYTES = 65_536  # of the first line: what the parser takes
@@ -30,6 +32,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     head_timeout_s = 10.0  # a server makes a kind of its own with its settings: see `bounded_http`
     body_timeout_s = 60.0
+    max_connections = 2_048
 
     _unread = 0  # bytes since the last piece that was whole: a head, some of a body, a request
     _in_body = False  # a head came, its body did not yet
@@ -37,7 +40,10 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as it is declared there
         super().connection_made(transport)
-        self._expect(self.head_timeout_s)
+        if len(self.connections) > self.max_connections:
+            self._refuse(overloaded())
+        else:
+            self._expect(self.head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unexpect()
@@ -99,11 +105,17 @@ class BoundedHttp(HttpToolsProtocol):
             return
         if self.cycle is None or self.cycle.response_complete:
             body = refused.openai_body
-            head = f"HTTP/1.1 {refused.status} \r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+            headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
+            lines = [f"{name}: {value}" for name, value in (headers | refused.headers).items()]
+            self.transport.write("\r\n".join([f"HTTP/1.1 {refused.status} ", *lines, "", ""]).encode() + body)
         self.transport.close()
 
 
-def bounded_http(head_timeout_s: float, body_timeout_s: float) -> type[BoundedHttp]:
-    """Return the kind of connection whose heads and bodies must have come by then."""
-    return type("BoundedHttp", (BoundedHttp,), {"head_timeout_s": head_timeout_s, "body_timeout_s": body_timeout_s})
+def bounded_http(head_timeout_s: float, body_timeout_s: float, max_connections: int) -> type[BoundedHttp]:
+    """Return a kind of connection: heads and bodies must have come by then, and there may be so many of them."""
+    bounds = {
+        "head_timeout_s": head_timeout_s,
+        "body_timeout_s": body_timeout_s,
+        "max_connections": max_connections,
+    }
+    return type("BoundedHttp", (BoundedHttp,), bounds)

@@ -85,6 +85,9 @@ class ServerSettings:
         "127.0.0.1", text_kind("an address or a host name", lambda t: bool(_HOST.fullmatch(t))), "listen here"
     )
     port: int = setting(8080, integer_kind(0, 65_535), "listen on this port; 0 takes a free one")
+    max_connections: int = setting(
+        2_048, integer_kind(1, 1_048_576), "open connections; one more is answered 503 `overloaded` and closed"
+    )
     max_body_bytes: int = setting(
         4_194_304, integer_kind(1024, 268_435_456, "bytes"), "a larger request body is answered 413"
     )

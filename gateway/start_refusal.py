@@ -15,6 +15,7 @@ from audit.ratchet import RatchetError
 from audit.writer import LogError
 from engine.config import EngineStartError
 from gateway.auth.development import DevelopmentKeyUnsafe
+from gateway.open_files import TooFewFiles
 
 
 class NotServing(Exception):
@@ -29,6 +30,7 @@ START_REFUSALS: tuple[type[Exception], ...] = (
     LogError,
     EngineStartError,
     DevelopmentKeyUnsafe,
+    TooFewFiles,
     NotServing,
     SQLAlchemyError,
     OSError,
