@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
     parser.add_argument("--model", type=Path, help="a directory, instead of the demonstration model")
-    parser.add_argument("--runs-in", choices=("thread", "process"), default="thread")
+    parser.add_argument("--runs-in", choices=("thread", "process"), default="process")
     parser.add_argument("--commit-delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
     engine = make_engine(arguments.engine, arguments.data, arguments.model, arguments.runs_in)
