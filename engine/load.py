@@ -23,7 +23,9 @@ from engine.request import ModelVersion
 from engine.runtime import EngineRuntime, Report, RuntimeTimes, Served
 from engine.step_thread import StepThread
 from engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from engine.weights import read_model, version_of
+from engine.weights import read_model, version_of, weights_size
+
+SMALL_BYTES = 100_000_000  # of weights, up to which one CPU is left to the gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,9 @@ def load(config: EngineConfig, progress: Progress = silently) -> LoadedEngine:
 
     Raises: EngineStartError and its kinds: nothing was started; the message says what to do.
     """
-    torch.set_num_threads(config.threads or max(1, _cpus() - 1))
     device = open_device(config.device)
     reading = read_model(config.model, progress)
+    torch.set_num_threads(config.threads or _threads(weights_size(reading)))
     tokenizer = Tokenizer(reading)
     loaded = _load(reading, config, device)
     version = replace(version_of(reading), cast=loaded.cast)
@@ -102,9 +104,15 @@ def load(config: EngineConfig, progress: Progress = silently) -> LoadedEngine:
     )
 
 
-def _cpus() -> int:
-    """Return how many CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(weights: int) -> int:
+    """Return how many threads compute where nobody says so, for weights of so many bytes.
+
+    Threads that work on one product wait for each other, and for the gateway where it takes the CPU of one. That costs
+    a small model more than it gains, and a large one less, which is read at the speed of all CPUs together. Measured on
+    two: 10 MB 1.6 times as fast with one thread, 774 MB 0.6 to 1.0 times, for 1 to 32 sequences.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus if weights > SMALL_BYTES else max(1, cpus - 1)
 
 
 def _load(reading: Reading, config: EngineConfig, device: torch.device) -> LoadedModel | DeviceModel:

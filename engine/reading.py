@@ -164,6 +164,10 @@ class Reading(Files):
                 self._texts[name] = stream.take(stream.size)
         return self._texts[name]
 
+    def size(self, name: str) -> int:
+        """Return how many bytes a file has; 0 where there is none."""
+        return self._found[name][2] if self.has(name) else 0
+
     def kept(self) -> KeptFiles:
         """Return the files that were read whole."""
         return KeptFiles(dict(self._texts))

@@ -84,6 +84,11 @@ def _load(reading: Reading, is_wanted: Callable[[Stored], bool]) -> Weights:
     return Weights(tensors, tuple(sorted(_CAST_FROM[kind] for kind in set(kinds.values()) & _CAST_FROM.keys())))
 
 
+def weights_size(reading: Reading) -> int:
+    """Return the bytes of the weight files that are there."""
+    return sum(reading.size(name) for name in _shard_names(reading))
+
+
 def _shard_names(reading: Reading) -> list[str]:
     if not reading.has(INDEX):
         return [SINGLE]

@@ -200,7 +200,9 @@ class EngineSettings:
         "where the engine steps: a process of its own, or a thread of the gateway's, slower and in less memory",
     )
     threads: int | None = setting(
-        None, integer_kind(1, 1024), "threads of the CPU for tensors; without it, one fewer than there are CPUs"
+        None,
+        integer_kind(1, 1024),
+        "threads of the CPU for tensors; without it, as many as CPUs, one fewer for a small model",
     )
     kv_cache_mib: int = setting(256, integer_kind(1, 1_048_576, "MiB"), "memory for keys and values of all sequences")
     kv_cache_dtype: str = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -101,3 +102,12 @@ def test_an_architecture_that_is_not_served_does_not_start(tiny_models: dict[str
     path.write_text(path.read_text().replace("LlamaForCausalLM", "FalconForCausalLM"))
     with pytest.raises(UnsupportedModel, match="`FalconForCausalLM`"):
         load_engine(settings(directory))
+
+
+def test_a_small_model_leaves_a_cpu_to_the_gateway(tiny_models: dict[str, Path]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        load_engine(replace(settings(tiny_models["llama"]), threads=None)).close()
+        assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) - 1)
+    finally:
+        torch.set_num_threads(threads)
