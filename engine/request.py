@@ -266,7 +266,7 @@ class Engine(Protocol):
     async def prepare(self, structure: Structure) -> None:
         """Make sure that outputs of this structure can be generated.
 
-        Raises: RequestRefused: it cannot be enforced.
+        Raises: RequestRefused: it cannot be enforced. EngineDead.
         """
         ...
 

@@ -26,7 +26,7 @@ from audit.log import AuditLog
 from audit.records import Json, ModelEntry, Record, TimingEntry, request_completed, request_denied, request_received
 from audit.writer import LogUnavailable
 from engine.dialect import Thinking
-from engine.request import MAX_SEED, Engine, RequestRefused, SamplingParams, Structure
+from engine.request import MAX_SEED, Engine, EngineDead, RequestRefused, SamplingParams, Structure
 from gateway import errors, spans
 from gateway.answer import Outbox
 from gateway.bounded_reads import BoundedReads
@@ -402,6 +402,8 @@ class Pipeline:
             except RequestRefused as refused:
                 error = errors.invalid_request(str(refused), param=request.structure_field)
                 raise Denied(error, decision, verdicts) from None
+            except EngineDead:
+                pass  # not the policy's word: the request goes on record, and then fails by name like every other
         # Unseeded means unpredictable, not unrepeatable: the seed that is drawn here is on record.
         seed = request.seed if request.seed is not None else int.from_bytes(self._random(8), "big") & MAX_SEED
         return _sampling(request, obligations, structure, self._engine.context_length - len(prompts[0]), seed)

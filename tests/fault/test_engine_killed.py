@@ -26,6 +26,8 @@ from tests.support.witness import Witness
 
 STREAMS = 16
 PATIENCE_S = 30
+QUESTION = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+STRUCTURES: tuple[dict[str, object], ...] = ({}, {"response_format": {"type": "json_object"}})
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -36,9 +38,7 @@ def test_an_engine_killed_under_streams_fails_them_on_record_and_nothing_else(tm
     with running_gateway(tmp_path, engine) as gateway:
         seen = asyncio.run(_stream_and_kill(gateway, pid, random.Random(seed)))
         ready = httpx.get(f"{gateway.url}/readyz")
-        refused = Hand(gateway, "app").post(
-            "/v1/chat/completions", {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-        )
+        refused = [Hand(gateway, "app").post("/v1/chat/completions", QUESTION | one) for one in STRUCTURES]
         witness = Witness(gateway.rooms, TENANT)
         for one in seen:
             assert one.request_id is not None
@@ -46,10 +46,11 @@ def test_an_engine_killed_under_streams_fails_them_on_record_and_nothing_else(tm
             assert on_record.get(0, "").startswith(one.text)
     assert any(one.text for one in seen)
     assert (ready.status_code, ready.json()["checks"]["engine"]) == (503, False)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_unavailable")
+    assert [(one.status_code, one.json()["error"]["code"]) for one in refused] == [(503, "engine_unavailable")] * 2
+    assert all("probity-receipt" in one.headers for one in refused)
     with create_engine(gateway.rooms.settings.database_url).connect() as connection:
         statuses = list(connection.execute(text("SELECT status FROM request_index")).scalars())
-    assert len(statuses) == STREAMS + 1
+    assert len(statuses) == STREAMS + len(refused)
     assert set(statuses) == {"failed"}
     data = gateway.rooms.settings.data_dir
     assert verify([gateway.rooms.settings.database_url, "--trust", str(data / "trust")]) == 0
