@@ -127,6 +127,7 @@ class EngineProcess:
         try:
             await asyncio.wrap_future(compiled)
         except BaseException:
+            self._forget_compiling(ticket)  # the child may tell no more of it
             self.release(ticket)
             raise
         return ticket
@@ -188,10 +189,13 @@ class EngineProcess:
         self._tell(Trouble("engine_failed", [how]))
         return Ended("the engine failed")
 
-    def _settle(self, told: Compiled) -> None:
+    def _forget_compiling(self, ticket: int) -> Future[None] | None:
         with self._lock:
-            future = None if self._compiling is None else self._compiling.pop(told.ticket, None)
-        if future is None:
+            return None if self._compiling is None else self._compiling.pop(ticket, None)
+
+    def _settle(self, told: Compiled) -> None:
+        future = self._forget_compiling(told.ticket)
+        if future is None:  # who waited gave up
             return
         if told.refusal is None:
             future.set_result(None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing
+from concurrent.futures import Future
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +160,27 @@ async def test_who_gives_up_while_a_structure_is_compiled_leaves_nothing_behind(
             await task
     await until(lambda: idle(engine))
     assert len(await answer(engine, ask(engine, "after", 5))) > 0
+
+
+async def test_compilations_that_nobody_waited_for_are_remembered_nowhere(engine: EngineRuntime) -> None:
+    before = waited_for()
+    for n in range(50):
+        schema = json.dumps({"type": "string", "maxLength": 200 + n})
+        await give_up(asyncio.create_task(engine.prepare(Structure(StructureKind.JSON_SCHEMA, schema))))
+    await engine.prepare(Structure(StructureKind.JSON_SCHEMA, SCHEMA))  # and told of after all of them
+    await until(lambda: waited_for() == before)
+
+
+async def give_up(task: asyncio.Task[None]) -> None:
+    await asyncio.sleep(0)  # it is on its way to the child
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+def waited_for() -> int:
+    gc.collect()
+    return sum(type(one) is Future for one in gc.get_objects())
 
 
 async def test_what_the_step_refuses_comes_back_as_what_it_is(engine: EngineRuntime) -> None:
