@@ -15,7 +15,7 @@ from collections import deque
 from pathlib import Path
 
 from engine.core import EngineCore
-from engine.grammar import Grammars, Start
+from engine.grammar import PARAM, Grammars, Start
 from engine.request import EngineError, RequestRefused, Structure
 from engine.worker import Abort, Add, Checked, Close, Ended, Forget, Mailbox, Message, Refused, Stepped, Tell, Trouble
 
@@ -24,7 +24,8 @@ MAX_FRAMES = 12  # of a stack that is told
 
 
 class StepThread:
-    """`worker.Worker`. `tell` is called from this thread, but of a stuck step, which is told where it is asked for."""
+    """`worker.Worker`. `tell` is called from this thread, but of a step that is stuck and of a compilation that failed,
+    which are told where they are asked for."""
 
     def __init__(
         self,
@@ -52,8 +53,14 @@ class StepThread:
     def compile_now(self, structure: Structure) -> Start:
         """As `compile`; takes milliseconds. Safe from any thread. Raises: RequestRefused."""
         if self._grammars is None:
-            raise RequestRefused("this engine knows no structured output; install `llguidance`", "response_format")
-        return self._grammars.compile(structure)
+            raise RequestRefused("this engine knows no structured output; install `llguidance`", PARAM)
+        try:
+            return self._grammars.compile(structure)
+        except RequestRefused:
+            raise
+        except BaseException as error:  # a compiler's panic, too; its message may quote the structure
+            self._trouble("compile_failed", error)
+            raise RequestRefused("the structure cannot be compiled; write it in another way", PARAM) from None
 
     def release(self, compiled: Start) -> None:
         """Nothing is kept for it here."""
@@ -65,6 +72,10 @@ class StepThread:
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
+    def _trouble(self, event: str, error: BaseException) -> None:
+        """Tell what kind of error it was, and where. Its message may hold content; its place does not."""
+        self._tell(Trouble(event, [type(error).__name__, *places(traceback.extract_tb(error.__traceback__))]))
+
     # The thread.
 
     def _work(self) -> None:
@@ -73,9 +84,8 @@ class StepThread:
                 emissions = self._core.step(self._take_in)
                 self._tell(Stepped(emissions, self._core.metrics()))
         except BaseException as error:
-            # Whatever it is, nobody may be left waiting for it. Its message may hold content; its place does not.
-            frames = places(traceback.extract_tb(error.__traceback__))
-            self._tell(Trouble("engine_failed", [type(error).__name__, *frames]))
+            # Whatever it is, nobody may be left waiting for it.
+            self._trouble("engine_failed", error)
             self._tell(Ended("the engine failed"))
         else:
             self._tell(Ended("the engine is closed"))

@@ -72,7 +72,7 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """A step is stuck, or failed; where, innermost first: names and lines, no values."""
+    """A step is stuck, or failed, or a compilation did; where, innermost first: names and lines, no values."""
 
     event: str
     places: Sequence[str]

@@ -32,7 +32,7 @@ from engine.request import (
     StructureKind,
     TokenDelta,
 )
-from engine.runtime import EngineRuntime
+from engine.runtime import COMPILED_AT_ONCE, EngineRuntime
 from engine.worker import Close, Ended, Event
 from gateway.app import load_model
 from gateway.settings import load_settings
@@ -147,6 +147,16 @@ async def test_a_structure_that_cannot_be_enforced_is_refused_by_its_keyword(eng
     assert refused.value.param == "response_format"
     with pytest.raises(RequestRefused, match="`uniqueItems`"):
         await answer(engine, ask(engine, "unenforced", structure=structure, ignore_eos=False))
+
+
+async def test_a_compiler_that_fails_refuses_that_structure_alone_and_at_once(start: Callable[..., Watched]) -> None:
+    watched = start()
+    for _ in range(COMPILED_AT_ONCE + 1):
+        with pytest.raises(RequestRefused, match="cannot be compiled"):
+            await watched.engine.prepare(Structure(StructureKind.MESSAGE, '{"secret": 1}'))  # as nobody writes it
+    await watched.engine.prepare(Structure(StructureKind.JSON_SCHEMA, SCHEMA))
+    assert {event for event, _ in watched.reports} == {"compile_failed"}
+    assert "secret" not in str(watched.reports)
 
 
 async def test_who_gives_up_while_a_structure_is_compiled_leaves_nothing_behind(engine: EngineRuntime) -> None:
