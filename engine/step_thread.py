@@ -112,7 +112,8 @@ class StepThread:
     def _take_in(self) -> None:
         message = self._mailbox.poll()
         while message is not None:
-            if isinstance(message, Add):
+            # An id may come again while the abort of the one before, which had ended by itself, is set aside.
+            if isinstance(message, Add) and Abort(message.request.request_id) not in self._set_aside:
                 self._handle(message)
             else:
                 self._set_aside.append(message)
