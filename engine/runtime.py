@@ -338,7 +338,7 @@ class EngineRuntime:
         ended: list[Stream] = []
         for emission in emissions:
             stream = self._in_flight.get(emission.request_id)
-            if stream is None:  # the engine was closed during this step, and the stream knows; or its loop is gone
+            if stream is None:  # the engine was closed during this step; the stream knows
                 continue
             posts.append((stream, emission.delta))
             if emission.failure is not None:
@@ -348,11 +348,8 @@ class EngineRuntime:
         # Forgotten first: who hears of the end may use the id again.
         if ended:
             self._forget(ended)
-        gone = self._send(posts)
-        for stream in gone:
-            self._send_abort(stream)
-        if gone:
-            self._forget(gone)
+        for stream in self._send(posts):
+            self._send_abort(stream)  # and it stays in flight until that was told of: its id is not free before
 
     def _send(self, posts: Iterable[_Post]) -> list[Stream]:
         """Hand each item to its stream, once per loop; return the streams whose loop is gone."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from engine.core import EngineCore
+from engine.core import Emission, EngineCore
 from engine.request import (
     ContextTooLong,
     EngineDead,
@@ -17,9 +17,12 @@ from engine.request import (
     FinishReason,
     GenerationRequest,
     RequestRefused,
+    Structure,
     TokenDelta,
 )
-from engine.runtime import EngineRuntime, RuntimeTimes
+from engine.runtime import EngineRuntime, RuntimeTimes, Served
+from engine.worker import Abort, Message, Stepped, Tell
+from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.engine_core import Output, Ticks, make_core, make_prompt, make_request, run_all, take
 from tests.support.engine_runtime import MODEL, POLICY, GatedRunner, make_runtime
 
@@ -386,6 +389,66 @@ def test_a_loop_closed_under_its_requests_does_not_harm_the_others(closing: Clos
         return output
 
     assert len(asyncio.run(go_on()).tokens) == 5
+
+
+class WorkerByHand:
+    """`worker.Worker`: keeps what it is sent, and tells what the test says."""
+
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+
+    def begin(self, tell: Tell) -> WorkerByHand:
+        self._tell = tell
+        return self
+
+    def add_to(self, request_id: str, token: int, finish_reason: FinishReason | None = None) -> None:
+        delta = TokenDelta("", (token,), finish_reason=finish_reason)
+        self._tell(Stepped([Emission(request_id, delta)], make_core().metrics()))
+
+    def send(self, message: Message) -> None:
+        self.messages.append(message)
+
+    async def compile(self, structure: Structure) -> None:
+        raise RequestRefused("nothing is compiled here")
+
+    def release(self, compiled: None) -> None: ...
+
+    def report_stuck(self) -> None: ...
+
+    def join(self, timeout_s: float) -> None: ...
+
+
+def test_an_id_whose_loop_was_closed_is_free_once_its_end_was_told() -> None:
+    worker, core = WorkerByHand(), make_core()
+    served = Served(MODEL, (), POLICY, core.limits, core.scheduler.pool.total, core.metrics())
+    engine = EngineRuntime(worker.begin, ByteTokenizer(None), served)
+    request = make_request("again", [1], 9)
+    abandoned = engine.generate(request)
+
+    async def leave_behind() -> None:
+        first = asyncio.ensure_future(anext(abandoned))
+        await until(lambda: len(worker.messages) == 1)
+        worker.add_to("again", 1)
+        await first
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave_behind())
+    loop.close()
+    worker.add_to("again", 2)
+    assert worker.messages[1:] == [Abort("again")]
+
+    async def come_again() -> Output:
+        with pytest.raises(RequestRefused, match="in flight"):
+            await collect(engine, request)
+        worker.add_to("again", 3)  # what a worker told before it knew
+        worker.add_to("again", 4, FinishReason.ABORT)
+        task = asyncio.create_task(collect(engine, request))
+        await until(lambda: len(worker.messages) == 3)
+        worker.add_to("again", 5, FinishReason.LENGTH)
+        return await task
+
+    assert asyncio.run(come_again()).tokens == [5]
+    engine.close()
 
 
 async def test_idle_bookkeeping_is_checked_and_reported_but_nothing_is_killed(
