@@ -74,6 +74,7 @@ def create_app(
 
     Raises: what a room raises that cannot keep its promise; `START_REFUSALS` in start_refusal.py lists it.
     """
+    make_room(settings.server.max_connections)  # first: a refusal then leaves nothing behind, and no model was awaited
     with ExitStack() as opened:
         log = open_log(settings, on_log_death)
         opened.callback(log.close)
@@ -295,10 +296,9 @@ class Server(uvicorn.Server):
 
 
 def server(app: FastAPI) -> Server:
-    """Return the server of an app, not yet running. Raises: TooFewFiles."""
+    """Return the server of an app, not yet running."""
     state: AppState = app.state.probity
     settings = state.settings.server
-    make_room(settings.max_connections)
     config = uvicorn.Config(
         secured(app, app.state.key_client),
         host=settings.host,

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from gateway.open_files import BESIDE_CONNECTIONS, TooFewFiles, make_room
+from gateway.app import create_app
+from gateway.open_files import BESIDE_CONNECTIONS, TooFewFiles
+from gateway.settings import load_settings
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.scripted_engine import ScriptedEngine
 
 MOST = 12
+MOST_CONNECTIONS = 1_048_576  # that the setting allows
 PATIENCE_S = 20
 ASKED = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n"
 
@@ -61,12 +64,15 @@ def test_one_connection_too_many_is_told_and_closed_and_the_others_go_on(gateway
                 said = answered(new)
 
 
-def test_more_connections_than_files_are_a_refusal_to_start() -> None:
+def test_more_connections_than_files_are_a_refusal_to_start_before_anything_is_opened(tmp_path: Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
+    if hard == resource.RLIM_INFINITY or hard > MOST_CONNECTIONS:
         pytest.skip("this machine lets a process open any number of files")
+    data = tmp_path / "data"
+    settings = load_settings(None, {}, {"data_dir": str(data), "server.max_connections": hard})
     with pytest.raises(TooFewFiles, match="max_connections"):
-        make_room(hard)
+        create_app(settings)
+    assert not data.exists()
 
 
 def test_a_low_limit_is_raised_as_far_as_it_may_be() -> None:
