@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -69,7 +70,8 @@ class EngineProcess:
         self._sender = threading.Thread(target=self._send_messages, name="probity-engine-sender", daemon=True)
         self._receiver = threading.Thread(target=self._receive_events, name="probity-engine-receiver", daemon=True)
         try:
-            self._connection.send(config)
+            with suppress(OSError):  # it has ended already, and what is received will say so
+                self._connection.send(config)
             self._await_ready(progress)
         except BaseException:
             self.kill()
@@ -160,6 +162,7 @@ class EngineProcess:
 
     def _receive_events(self) -> None:
         self._receive_until_the_end()
+        self._exit_code()  # buries it
         self._mailbox.put(Close())  # wakes the sender, which may wait for a message
         self._sender.join()
         self._connection.close()

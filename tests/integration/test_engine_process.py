@@ -33,7 +33,7 @@ from engine.request import (
     TokenDelta,
 )
 from engine.runtime import COMPILED_AT_ONCE, EngineRuntime
-from engine.worker import Close, Ended, Event
+from engine.worker import Abort, Close, Ended, Event
 from gateway.app import load_model
 from gateway.settings import load_settings
 from tests.support.children import children
@@ -278,6 +278,16 @@ def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(tiny_models: d
     assert events == [Ended("the engine is closed")]
 
 
+async def test_a_process_whose_step_fails_is_buried(tiny_models: dict[str, Path]) -> None:
+    before = children()
+    process = EngineProcess(config(tiny_models["wide"]))
+    events: list[Event] = []
+    process.begin(events.append)
+    process.send(Abort([]))  # type: ignore[arg-type]  # no id: what looks for it fails
+    await until(lambda: Ended("the engine failed") in events)
+    await until(lambda: children() == before)
+
+
 def test_what_refuses_to_start_says_the_same_and_leaves_no_process(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -304,6 +314,26 @@ def test_a_process_that_ends_while_it_loads_is_a_refusal_to_start(tiny_models: d
 
     with pytest.raises(EngineStartError, match="ended with -9 while it loaded"):
         start_engine(config(tiny_models["wide"]), progress=kill)
+    assert children() == before
+
+
+class KillsWhoReadsIt:
+    """Stands in a configuration. Before it is sent, who was to read it is dead."""
+
+    def __init__(self, but: set[int]) -> None:
+        self._but = but
+
+    def __reduce__(self) -> tuple[type[Path], tuple[str]]:
+        for pid in children() - self._but:
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        return Path, ("anywhere",)
+
+
+def test_a_process_that_ends_before_it_is_told_what_to_load_is_a_refusal_to_start() -> None:
+    before = children()
+    with pytest.raises(EngineStartError, match="ended with -9 while it loaded"):
+        start_engine(replace(config(Path()), model=KillsWhoReadsIt(before)))  # type: ignore[arg-type]
     assert children() == before
 
 
