@@ -43,7 +43,7 @@ from engine.request import (
 from engine.stream import Stream
 from engine.worker import Abort, Add, Checked, Close, Event, Forget, Refused, Stepped, Tell, Trouble, Worker
 
-COMPILED_AT_ONCE = 2  # grammars
+COMPILED_AT_ONCE = 2  # grammars: of one loop here, of all of them in a process of its own
 
 Report = Callable[[str, Sequence[str]], None]  # an event, and where
 
@@ -106,14 +106,14 @@ class EngineRuntime:
         self._codec = codec
         self._served = served
         self._versions = MappingProxyType({version.digest: version for version in (served.model, *served.adapted)})
-        self._compiling = asyncio.Semaphore(COMPILED_AT_ONCE)
         self._limits = served.limits
         self._times = times or RuntimeTimes()
         self._report = report or _log
         self._reported: float | None = None  # the time of the step that was reported as stuck
         self._clock = clock
         self._lock = threading.Lock()
-        self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next four
+        self._in_flight: dict[str, Stream] = {}  # guarded by the lock, as are the next five
+        self._turns: dict[asyncio.AbstractEventLoop, asyncio.Semaphore] = {}  # to compile, of the loops that asked
         self._pending_since = clock()  # when `_in_flight` last ceased to be empty
         self._death: str | None = None  # why nothing is generated any more
         self._draining = False
@@ -192,10 +192,19 @@ class EngineRuntime:
 
     async def _compiled(self, structure: Structure) -> Any:
         try:
-            async with asyncio.timeout(self._times.stuck_after_s), self._compiling:
+            async with asyncio.timeout(self._times.stuck_after_s), self._turn():
                 return await self._worker.compile(structure)
         except TimeoutError:
             raise EngineDead("the engine makes no progress") from None
+
+    def _turn(self) -> asyncio.Semaphore:
+        """Return what those wait for who compile in this loop: a semaphore cannot wake who waits in another."""
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop not in self._turns:
+                self._turns = {one: turn for one, turn in self._turns.items() if not one.is_closed()}
+                self._turns[loop] = asyncio.Semaphore(COMPILED_AT_ONCE)
+            return self._turns[loop]
 
     def abort(self, request_id: str) -> None:
         """End a request, if it is in flight; its iterator then ends with a delta that says so."""

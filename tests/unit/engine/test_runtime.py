@@ -18,9 +18,10 @@ from engine.request import (
     GenerationRequest,
     RequestRefused,
     Structure,
+    StructureKind,
     TokenDelta,
 )
-from engine.runtime import EngineRuntime, RuntimeTimes, Served
+from engine.runtime import COMPILED_AT_ONCE, EngineRuntime, RuntimeTimes, Served
 from engine.worker import Abort, Message, Stepped, Tell
 from tests.support.byte_tokenizer import ByteTokenizer
 from tests.support.engine_core import Output, Ticks, make_core, make_prompt, make_request, run_all, take
@@ -409,7 +410,8 @@ class WorkerByHand:
         self.messages.append(message)
 
     async def compile(self, structure: Structure) -> None:
-        raise RequestRefused("nothing is compiled here")
+        if structure.source == "endless":
+            await asyncio.Event().wait()
 
     def release(self, compiled: None) -> None: ...
 
@@ -418,10 +420,28 @@ class WorkerByHand:
     def join(self, timeout_s: float) -> None: ...
 
 
-def test_an_id_whose_loop_was_closed_is_free_once_its_end_was_told() -> None:
-    worker, core = WorkerByHand(), make_core()
+def by_hand(worker: WorkerByHand) -> EngineRuntime:
+    core = make_core()
     served = Served(MODEL, (), POLICY, core.limits, core.scheduler.pool.total, core.metrics())
-    engine = EngineRuntime(worker.begin, ByteTokenizer(None), served)
+    return EngineRuntime(worker.begin, ByteTokenizer(None), served)
+
+
+async def test_compilations_of_one_loop_hold_up_nobody_in_another() -> None:
+    engine = by_hand(WorkerByHand())
+    endless = Structure(StructureKind.REGEX, "endless")
+    tasks = [asyncio.create_task(engine.prepare(endless)) for _ in range(COMPILED_AT_ONCE + 1)]
+    await asyncio.sleep(0)  # the last one waits for the others
+    await asyncio.to_thread(asyncio.run, engine.prepare(Structure(StructureKind.REGEX, "quick")))
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(one) for one in ended] == [asyncio.CancelledError] * len(tasks)
+    engine.close()
+
+
+def test_an_id_whose_loop_was_closed_is_free_once_its_end_was_told() -> None:
+    worker = WorkerByHand()
+    engine = by_hand(worker)
     request = make_request("again", [1], 9)
     abandoned = engine.generate(request)
 
