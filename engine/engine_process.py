@@ -159,6 +159,9 @@ class EngineProcess:
                 self._connection.send(message)
             except OSError:  # the receiver knows of the end
                 return
+            except BaseException:  # nobody may be left waiting for what is not sent; the receiver will know of the end
+                self._process.kill()
+                return
 
     def _receive_events(self) -> None:
         self._receive_until_the_end()

@@ -33,7 +33,7 @@ from engine.request import (
     TokenDelta,
 )
 from engine.runtime import COMPILED_AT_ONCE, EngineRuntime
-from engine.worker import Abort, Close, Ended, Event
+from engine.worker import Abort, Close, Ended, Event, Trouble
 from gateway.app import load_model
 from gateway.settings import load_settings
 from tests.support.children import children
@@ -285,6 +285,17 @@ async def test_a_process_whose_step_fails_is_buried(tiny_models: dict[str, Path]
     process.begin(events.append)
     process.send(Abort([]))  # type: ignore[arg-type]  # no id: what looks for it fails
     await until(lambda: Ended("the engine failed") in events)
+    await until(lambda: children() == before)
+
+
+async def test_what_cannot_be_sent_ends_it_by_name(tiny_models: dict[str, Path]) -> None:
+    before = children()
+    process = EngineProcess(config(tiny_models["wide"]))
+    events: list[Event] = []
+    process.begin(events.append)
+    process.send(Abort(lambda: None))  # type: ignore[arg-type]  # which no pickle holds
+    await until(lambda: Ended("the engine failed") in events)
+    assert events[0] == Trouble("engine_failed", [f"process {process.pid} ended with -9"])
     await until(lambda: children() == before)
 
 
