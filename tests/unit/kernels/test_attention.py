@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -12,62 +11,15 @@ from kernels.paged_attention import (
     Segment,
     merge_state,
     paged_attention,
-    paged_attention_reference,
     segment_fused,
     segment_tiled,
     soft_capped,
     verify_invariance,
 )
 from kernels.shape import ShapeError
+from tests.support.attention_world import PAGE, World
 
-PAGE = 16
 segments = pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS.keys())
-
-
-class World:
-    """Sequences in shuffled blocks of a poisoned cache: what was not written, the zero block aside, is NaN."""
-
-    def __init__(self, lengths: list[int], heads: int, groups: int, size: int) -> None:
-        generator = torch.Generator().manual_seed(sum(lengths) + heads)
-        self.heads, self.groups = heads, groups
-        blocks = [-(-length // PAGE) for length in lengths]
-        total = sum(blocks) + 3
-        order = torch.randperm(total, generator=generator).tolist()
-        width = max(blocks) + 2
-        self.table = torch.full((len(lengths), width), order[-1])  # beyond a context: a block nobody wrote
-        self.caches = [torch.full((total + 1, PAGE, groups, size), torch.nan).bfloat16() for _ in "kv"]
-        self.query: list[torch.Tensor] = []
-        for index, length in enumerate(lengths):
-            self.table[index, : blocks[index]] = torch.tensor(order[: blocks[index]])
-            del order[: blocks[index]]
-            at = torch.arange(length)
-            for cache in self.caches:
-                drawn = torch.randn(length, groups, size, generator=generator).bfloat16()
-                cache[self.table[index, at // PAGE], at % PAGE] = drawn
-            self.query.append(torch.randn(length, heads, size, generator=generator).mul(2).bfloat16())
-        for cache in self.caches:
-            cache[-1] = 0
-        self.zero_slot = total * PAGE
-
-    def attend(
-        self,
-        rows: list[tuple[int, int, int]],
-        segment: Segment,
-        window: int | None = None,
-        sinks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Each row: a sequence, and the positions from … to of which attention is asked."""
-        sequence = torch.cat([torch.full((end - start,), index) for index, start, end in rows])
-        positions = torch.cat([torch.arange(start, end) for _, start, end in rows])
-        plan = plan_attention(self.table, sequence, positions, self.heads, self.groups, PAGE, self.zero_slot, window)
-        query = torch.cat([self.query[index][start:end] for index, start, end in rows])
-        return paged_attention(query, *self.caches, plan, query.shape[-1] ** -0.5, segment, sinks)
-
-    def reference(self, index: int, **features: Any) -> torch.Tensor:
-        query = self.query[index]
-        sequence, positions = torch.full((len(query),), index), torch.arange(len(query))
-        scale = query.shape[-1] ** -0.5
-        return paged_attention_reference(query, *self.caches, self.table, sequence, positions, scale, **features)
 
 
 @segments

@@ -1,0 +1,434 @@
+"""Sixteen float32 in a register, and the matrix tiles of AMX: the words that kernels compiled by numba are written in.
+
+A word here is an instruction or a few. None may be reordered, fused or split by the compiler: no `fastmath` is given,
+a product and a sum are one rounding only where `fused` says so, and what is added up across lanes is added in the order
+that stands below. So the bits of a kernel follow from its text, whichever loops LLVM unrolls. Memory is addressed by
+integers, as `Tensor.data_ptr()` gives them, and nobody checks them here: a kernel's public function does.
+
+Compiled when first wanted, in this process, for this CPU. Nothing is kept on disk: numba's cache knows the file of a
+kernel and not the words in it, and would run yesterday's. Imported only where numba is; see engine/models/compiled.py.
+
+Source: Intel, Architecture Instruction Set Extensions, 2023, chapter 3 (AMX); LLVM Language Reference, 2025.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import torch
+from llvmlite import binding, ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_LONG, _BYTE = ir.IntType(64), ir.IntType(8)
+_FLOATS, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+_HALVES = ir.VectorType(ir.IntType(16), LANES)  # bfloat16, as its bits
+_NOTHING = ir.VoidType()
+
+Emit = Callable[..., Any]  # an LLVM builder and the values of the arguments → the value of the result, or None
+
+
+_OPTIONS = {"boundscheck": False, "error_model": "numpy"}
+
+
+def compiled(function: Callable[[int], None]) -> int:
+    """Compile `function`, of the address of its arguments, and return its own. See team.py for who runs it.
+
+    The function is never taken out of memory again.
+    """
+    made = numba.cfunc(types.void(types.int64), **_OPTIONS)(function)
+    _held.append(made)
+    return int(made.address)
+
+
+_held: list[Any] = []
+
+
+def part(function: Callable[..., Any]) -> Any:
+    """Return `function` as a part of kernels, put in where it is called: what is constant there is constant in it."""
+    wrapped = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return numba.njit(**_OPTIONS, **wrapped, forceinline=True)(function)
+
+
+def bits_of(number: float) -> int:
+    """Return what `number_at` reads as a number of float32."""
+    return int(struct.unpack("<I", struct.pack("<f", number))[0])
+
+
+def has_tiles() -> bool:
+    """Return whether this CPU and its system have AMX for bfloat16, which this process may use from here on."""
+    if numba.config.DISABLE_JIT:
+        return False
+    features = binding.get_host_cpu_features()
+    return bool(features.get("amx-bf16") and features.get("avx512f") and torch.cpu._init_amx())
+
+
+class _Sixteen(types.Type):
+    def __init__(self) -> None:
+        super().__init__(name="sixteen")
+
+
+_sixteen = _Sixteen()
+_address, _integer, _number = types.int64, types.int64, types.float32
+
+
+@register_model(_Sixteen)
+class _SixteenModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, front_end: Any) -> None:
+        super().__init__(manager, front_end, _FLOATS)
+
+
+def _word(result: Any, arguments: tuple[Any, ...], emit: Emit) -> Any:
+    """Return what numba wants of an intrinsic: its signature and its code."""
+
+    def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        value = emit(builder, *values)
+        return context.get_dummy_value() if value is None else value
+
+    return result(*arguments), code
+
+
+def _call(builder: Any, name: str, result: Any, *values: Any) -> Any:
+    kind = ir.FunctionType(result, [value.type for value in values])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+
+def _same(value: float, kind: Any = _FLOATS) -> Any:
+    return ir.Constant(kind, [value] * LANES)
+
+
+def _spread(builder: Any, value: Any, kind: Any) -> Any:
+    undefined = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_INT, 0))
+    return builder.shuffle_vector(first, undefined, _same(0, _INTS))
+
+
+def _read(builder: Any, address: Any, kind: Any, align: int) -> Any:
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def _write(builder: Any, address: Any, value: Any, align: int) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
+
+
+# Numbers and integers in memory.
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def integer_at(_: Any, address: Any) -> Any:
+    """int64."""
+    return _word(_integer, (_address,), lambda b, at: _read(b, at, _LONG, 8))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put_integer(_: Any, address: Any, value: Any) -> Any:
+    return _word(types.none, (_address, _integer), lambda b, at, value: _write(b, at, value, 8))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def claim(_: Any, address: Any) -> Any:
+    """Return an integer that several threads count up, as it was before this one did."""
+
+    def emit(b: Any, at: Any) -> Any:
+        return b.atomic_rmw("add", b.inttoptr(at, _LONG.as_pointer()), ir.Constant(_LONG, 1), "seq_cst")
+
+    return _word(_integer, (_address,), emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def number_at(_: Any, address: Any) -> Any:
+    """float32."""
+    return _word(_number, (_address,), lambda b, at: _read(b, at, _FLOAT, 4))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put_number(_: Any, address: Any, value: Any) -> Any:
+    return _word(types.none, (_address, _number), lambda b, at, value: _write(b, at, value, 4))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_half(_: Any, to: Any, source: Any) -> Any:
+    """One bfloat16."""
+    half = ir.IntType(16)
+    return _word(types.none, (_address, _address), lambda b, to, source: _write(b, to, _read(b, source, half, 2), 2))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_pair(_: Any, to: Any, source: Any) -> Any:
+    """Two bfloat16 that lie side by side, at `to` on a boundary of four bytes."""
+    return _word(types.none, (_address, _address), lambda b, to, source: _write(b, to, _read(b, source, _INT, 2), 4))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_sixteen(_: Any, to: Any, source: Any) -> Any:
+    """Sixteen bfloat16."""
+    return _word(types.none, (_address, _address), lambda b, to, source: _write(b, to, _read(b, source, _HALVES, 2), 2))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_masked(_: Any, to: Any, source: Any, mask: Any) -> Any:
+    """Sixteen pairs of bfloat16, of each the bits that `mask` has; its upper half is of the second."""
+
+    def emit(b: Any, to: Any, source: Any, mask: Any) -> None:
+        _write(b, to, b.and_(_read(b, source, _INTS, 4), _spread(b, b.trunc(mask, _INT), _INTS)), 4)
+
+    return _word(types.none, (_address, _address, _integer), emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(_: Any, address: Any) -> Any:
+    """A hint that the 64 bytes around are wanted soon, in the second cache: the first one waits for too few at once."""
+
+    def emit(b: Any, at: Any) -> None:
+        hints = (ir.Constant(_INT, value) for value in (0, 2, 1))  # to be read, nearly at hand, data
+        _call(b, "llvm.prefetch.p0", _NOTHING, b.inttoptr(at, _BYTE.as_pointer()), *hints)
+
+    return _word(types.none, (_address,), emit)
+
+
+# Sixteen at once.
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sixteen_at(_: Any, address: Any) -> Any:
+    """Of float32."""
+    return _word(_sixteen, (_address,), lambda b, at: _read(b, at, _FLOATS, 4))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put_sixteen(_: Any, address: Any, value: Any) -> Any:
+    return _word(types.none, (_address, _sixteen), lambda b, at, value: _write(b, at, value, 4))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sixteen_halves_at(_: Any, address: Any) -> Any:
+    """Of bfloat16, widened."""
+
+    def emit(b: Any, at: Any) -> Any:
+        bits = b.zext(_read(b, at, _HALVES, 2), _INTS)
+        return b.bitcast(b.shl(bits, _same(16, _INTS)), _FLOATS)
+
+    return _word(_sixteen, (_address,), emit)
+
+
+def _nearest(b: Any, value: Any) -> Any:
+    """Return the bits of float32 whose upper half is the nearest bfloat16, ties to even. A NaN stays one: every NaN of
+    a kernel came of an operation or of a bfloat16, and has no bits so low that they would carry."""
+    bits = b.bitcast(value, _INTS)
+    odd = b.and_(b.lshr(bits, _same(16, _INTS)), _same(1, _INTS))
+    return b.add(b.add(bits, _same(0x7FFF, _INTS)), odd)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rounded(_: Any, value: Any) -> Any:
+    """To the nearest bfloat16, still float32."""
+    kept = _same(0xFFFF0000, _INTS)
+    return _word(_sixteen, (_sixteen,), lambda b, value: b.bitcast(b.and_(_nearest(b, value), kept), _FLOATS))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put_halves(_: Any, address: Any, value: Any) -> Any:
+    """Rounded to bfloat16."""
+
+    def emit(b: Any, at: Any, value: Any) -> None:
+        _write(b, at, b.trunc(b.lshr(_nearest(b, value), _same(16, _INTS)), _HALVES), 2)
+
+    return _word(types.none, (_address, _sixteen), emit)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fill(_: Any, value: Any) -> Any:
+    """The same number in every lane."""
+    return _word(_sixteen, (_number,), lambda b, value: _spread(b, value, _FLOATS))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def plus(_: Any, left: Any, right: Any) -> Any:
+    return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fadd(left, right))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def minus(_: Any, left: Any, right: Any) -> Any:
+    return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fsub(left, right))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def times(_: Any, left: Any, right: Any) -> Any:
+    return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fmul(left, right))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def over(_: Any, left: Any, right: Any) -> Any:
+    return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fdiv(left, right))
+
+
+def _fused(b: Any, left: Any, right: Any, added: Any) -> Any:
+    return _call(b, "llvm.fma.v16f32", _FLOATS, left, right, added)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fused(_: Any, left: Any, right: Any, added: Any) -> Any:
+    """left · right + added, rounded once."""
+    return _word(_sixteen, (_sixteen, _sixteen, _sixteen), _fused)
+
+
+def _greater(b: Any, left: Any, right: Any) -> Any:
+    return b.select(b.fcmp_ordered(">", left, right), left, right)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def greater(_: Any, left: Any, right: Any) -> Any:
+    """The greater of two, lane by lane; the right one if either is no number."""
+    return _word(_sixteen, (_sixteen, _sixteen), _greater)
+
+
+def _across(b: Any, value: Any, join: Emit) -> Any:
+    """Join lane i with lane i + 8, then + 4, + 2, + 1."""
+    for distance in (8, 4, 2, 1):
+        moved = ir.Constant(_INTS, [(lane + distance) % LANES for lane in range(LANES)])
+        value = join(b, value, b.shuffle_vector(value, value, moved))
+    return b.extract_element(value, ir.Constant(_INT, 0))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def sum_of(_: Any, value: Any) -> Any:
+    return _word(_number, (_sixteen,), lambda b, value: _across(b, value, lambda b, x, y: b.fadd(x, y)))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def greatest_of(_: Any, value: Any) -> Any:
+    return _word(_number, (_sixteen,), lambda b, value: _across(b, value, _greater))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def first_of(_: Any, value: Any) -> Any:
+    return _word(_number, (_sixteen,), lambda b, value: b.extract_element(value, ir.Constant(_INT, 0)))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def only_first(_: Any, value: Any, count: Any) -> Any:
+    """Lanes from `count` on are −∞; it may be negative."""
+
+    def emit(b: Any, value: Any, count: Any) -> Any:
+        lanes = ir.Constant(_INTS, list(range(LANES)))
+        inside = b.icmp_signed("<", lanes, _spread(b, b.trunc(count, _INT), _INTS))
+        return b.select(inside, value, _same(float("-inf")))
+
+    return _word(_sixteen, (_sixteen, _integer), emit)
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+# The Taylor series of 2ˣ about 0, from the sixth power down: on [−½, ½] within 2⁻²³ of it, and 1 at 0.
+_SERIES = tuple(
+    map(
+        _float32,
+        (
+            1.5403530393381609e-4,
+            1.3333558146428443e-3,
+            9.6181291076284772e-3,
+            5.5504108664821580e-2,
+            2.4022650695910071e-1,
+            6.9314718055994531e-1,
+            1.0,
+        ),
+    )
+)
+_ROUNDING = 12582912.0  # 1.5 · 2²³: what is added to it is rounded to an integer, in the low bits
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def power_of_two(_: Any, exponent: Any) -> Any:
+    """2 to each exponent: 1 for 0, 0 below −126 and for −∞, ∞ above 127; of what is no number, none."""
+
+    def emit(b: Any, x: Any) -> Any:
+        shifted = b.fadd(x, _same(_ROUNDING))
+        rest = b.fsub(x, b.fsub(shifted, _same(_ROUNDING)))
+        power = _same(_SERIES[0])
+        for factor in _SERIES[1:]:
+            power = _fused(b, power, rest, _same(factor))
+        exponent = b.shl(b.bitcast(shifted, _INTS), _same(23, _INTS))
+        power = b.bitcast(b.add(b.bitcast(power, _INTS), exponent), _FLOATS)
+        power = b.select(b.fcmp_ordered("<", x, _same(-126.0)), _same(0.0), power)
+        return b.select(b.fcmp_ordered(">", x, _same(127.0)), _same(float("inf")), power)
+
+    return _word(_sixteen, (_sixteen,), emit)
+
+
+# Tiles, by their number: 0 … 7, a literal. A tile has at most 16 rows of 64 bytes; `tile_shapes` says of each how many.
+
+
+def _tile_word(name: str, tiles: tuple[Any, ...], others: tuple[Any, ...] = ()) -> Any:
+    """Return the code of an instruction on tiles whose other arguments, if any, are an address and a stride."""
+    if not all(isinstance(tile, types.IntegerLiteral) for tile in tiles):
+        return None
+    numbers = [ir.Constant(_BYTE, tile.literal_value) for tile in tiles]
+
+    def emit(b: Any, *values: Any) -> None:
+        rest = values[len(tiles) :]
+        pointed = (b.inttoptr(rest[0], _BYTE.as_pointer()), *rest[1:]) if rest else ()
+        _call(b, name, _NOTHING, *numbers, *pointed)
+
+    return _word(types.none, (*tiles, *others), emit)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def tile_zero(_: Any, tile: Any) -> Any:
+    return _tile_word("llvm.x86.tilezero", (tile,))
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def tile_at(_: Any, tile: Any, address: Any, stride: Any) -> Any:
+    """Fill a tile from rows that begin `stride` bytes after each other."""
+    return _tile_word("llvm.x86.tileloadd64", (tile,), (_address, _integer))
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def put_tile(_: Any, tile: Any, address: Any, stride: Any) -> Any:
+    return _tile_word("llvm.x86.tilestored64", (tile,), (_address, _integer))
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def tile_product(_: Any, total: Any, left: Any, right: Any) -> Any:
+    """total[m, n] += Σₖ left[m, 2k] · right[k, 2n] + left[m, 2k + 1] · right[k, 2n + 1]; `total` is float32."""
+    return _tile_word("llvm.x86.tdpbf16ps", (total, left, right))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def tile_shapes(_: Any, address: Any) -> Any:
+    """Take the shapes of all tiles from 64 bytes."""
+    pointer = _BYTE.as_pointer()
+    return _word(
+        types.none,
+        (_address,),
+        lambda b, at: _discard(_call(b, "llvm.x86.ldtilecfg", _NOTHING, b.inttoptr(at, pointer))),
+    )
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def put_tile_shapes(_: Any, address: Any) -> Any:
+    pointer = _BYTE.as_pointer()
+    return _word(
+        types.none,
+        (_address,),
+        lambda b, at: _discard(_call(b, "llvm.x86.sttilecfg", _NOTHING, b.inttoptr(at, pointer))),
+    )
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def tile_release(_: Any) -> Any:
+    """Have no tiles, which makes it cheaper to switch threads."""
+    return _word(types.none, (), lambda b: _discard(_call(b, "llvm.x86.tilerelease", _NOTHING)))
+
+
+def _discard(_: Any) -> None:
+    """What an instruction without a result gives."""
