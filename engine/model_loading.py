@@ -41,6 +41,7 @@ from engine.model_runner import (
 from engine.models.arithmetic import Adapter
 from engine.models.borrowed import BorrowedModel, build
 from engine.models.borrowed_config import BorrowedConfig, model_class
+from engine.models.compiled import compiled_arithmetic, compiled_policy
 from engine.models.cpu_arithmetic import CpuArithmetic, StepInputs
 from engine.models.decoder import ARCHITECTURES, Decoder, DecoderConfig, parameter_shapes
 from engine.models.model import Model, ModelShape
@@ -133,14 +134,18 @@ def load_device_model(
     return DeviceModel(config, decoder, arithmetic, policy, weights.cast, most_rows)
 
 
-def load_model(reading: Reading, most_rows: int, context_length: int | None = None) -> LoadedModel:
+def load_model(
+    reading: Reading, most_rows: int, context_length: int | None = None, compiled: bool = True
+) -> LoadedModel:
     """Load the model of a directory on the CPU. At most `most_rows` tokens will be in a step.
+
+    Unless `compiled`, kernels that numba compiles are not looked for.
 
     Raises: EngineStartError and its kinds.
     """
     config = configuration(reading.json("config.json"), context_length)
     if isinstance(config, DecoderConfig):
-        return _native(reading, config, most_rows)
+        return _native(reading, config, most_rows, compiled)
     return _borrowed(reading, config, most_rows, context_length)
 
 
@@ -158,14 +163,16 @@ def configuration(values: Mapping[str, Any], context_length: int | None = None) 
             raise
 
 
-def _native(reading: Reading, config: DecoderConfig, most_rows: int) -> LoadedModel:
+def _native(reading: Reading, config: DecoderConfig, most_rows: int, compiled: bool) -> LoadedModel:
     segment = choose_segment(config)
     linears = choose_linears(config, most_rows)
     weights = load_parameters(reading, parameter_shapes(config))
     linear = LinearByShape(linears)
-    arithmetic = CpuArithmetic(linear, SEGMENTS[segment], linear.pack)
+    found = compiled_arithmetic(config) if compiled else None
+    arithmetic = (found or CpuArithmetic)(linear, SEGMENTS[segment], linear.pack)
     decoder = Decoder(config, HandedOver(weights.tensors), arithmetic)
-    return LoadedModel(decoder, numeric_policy(linears, segment), weights.cast)
+    policy = numeric_policy(linears, segment, compiled=None if found is None else compiled_policy())
+    return LoadedModel(decoder, policy, weights.cast)
 
 
 def _borrowed(reading: Reading, config: BorrowedConfig, most_rows: int, context_length: int | None) -> LoadedModel:

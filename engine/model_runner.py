@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from torch import Tensor
 from engine.config import KV_CACHE_DTYPES, EngineStartError
 from engine.logprobs import log_softmax, token_logprob
 from engine.models.arithmetic import Adapter, KVCache
-from engine.models.cpu_arithmetic import Adapted, StepInputs
+from engine.models.cpu_arithmetic import Adapted, Plans, StepInputs
 from engine.models.decoder import DecoderConfig
 from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, Draw, Interrupted, Reading, RowPlan, StepPlan, StepResult, never
@@ -194,19 +195,21 @@ class ModelRunner:
         return StepResult(*_look(plan.rows, logits, hidden))
 
     def inputs(self, rows: Sequence[RowPlan], interrupted: Interrupted = never) -> StepInputs:
-        lengths = torch.tensor([len(row.tokens) for row in rows])
-        width = max(len(row.block_table) for row in rows)
-        table = torch.tensor([[*row.block_table, *(0,) * (width - len(row.block_table))] for row in rows])
-        sequence = torch.repeat_interleave(torch.arange(len(rows)), lengths)
-        positions = torch.tensor([row.start + offset for row in rows for offset in range(len(row.tokens))])
+        blocks = np.zeros((len(rows), max(len(row.block_table) for row in rows)), dtype=np.int64)
+        for index, row in enumerate(rows):
+            blocks[index, : len(row.block_table)] = row.block_table
+        lengths = [len(row.tokens) for row in rows]
+        of_row = np.repeat(np.arange(len(rows), dtype=np.int64), lengths)
+        at = _integers(row.start + offset for row in rows for offset in range(len(row.tokens)))
+        slots = blocks[of_row, at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        table, sequence, positions = (torch.from_numpy(one) for one in (blocks, of_row, at))
         return StepInputs(
-            tokens=torch.tensor([token for row in rows for token in row.tokens]),
+            tokens=torch.from_numpy(_integers(token for row in rows for token in row.tokens)),
             positions=positions,
-            slots=table[sequence, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE,
-            attention=self._attention(table, sequence, positions, None),
-            windowed={
-                window: self._attention(table, sequence, positions, window) for window in self._model.config.windows
-            },
+            slots=torch.from_numpy(slots),
+            block_table=table,
+            sequences=sequence,
+            plans=Plans(self._model.config.windows, partial(self._attention, table, sequence, positions)),
             adapted=self._adapted(rows),
             interrupted=interrupted,
         )
@@ -238,6 +241,10 @@ class ModelRunner:
                 tokens.setdefault(row.adapter, []).extend(range(first, first + len(row.tokens)))
             first += len(row.tokens)
         return tuple(Adapted(self._adapters[name], torch.tensor(indices)) for name, indices in tokens.items())
+
+
+def _integers(values: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.fromiter(values, dtype=np.int64)
 
 
 def _looked_at(rows: Sequence[RowPlan]) -> Tensor:

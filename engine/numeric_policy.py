@@ -3,8 +3,9 @@
 Bits repeat under an equal policy, and nothing is claimed across different ones. Its digest is the OpenAI
 `system_fingerprint`. SHA-256 of canonical JSON, for example (shortened):
 
-    {"attention":"fused","cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},"machine":"x86_64",
-     "numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
+    {"attention":"fused","compiled":{"cpu":"sapphirerapids","llvm":"22.1.0","llvmlite":"0.50.0","numba":"0.68.1"},
+     "cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},
+     "machine":"x86_64","numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
 
 and on a GPU:
 
@@ -35,11 +36,15 @@ from kernels import linear as linear_kernel
 
 
 def numeric_policy(
-    linears: Mapping[tuple[int, int], str], segment: str, borrowed: Mapping[str, object] | None = None
+    linears: Mapping[tuple[int, int], str],
+    segment: str,
+    borrowed: Mapping[str, object] | None = None,
+    compiled: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """Return the policy of this process, its thread count set. What was chosen is named.
 
-    `borrowed` tells whose code the layers are, where they are not ours.
+    `borrowed` tells whose code the layers are, where they are not ours. `compiled` tells who compiled kernels, where
+    it was not Triton: attention over a bfloat16 cache is theirs then, and that over float8 the segments'.
     """
     return {
         "v": 1,
@@ -61,6 +66,7 @@ def numeric_policy(
         "attention_segment": attention_plan.SEGMENT,
         "attention_rows": attention_plan.ROWS,
         "borrowed": borrowed,
+        "compiled": None if compiled is None else dict(compiled),
         "grammar": _version("llguidance"),
         "kernels": _sources("kernels"),
         "arithmetic": _sources("engine.models", "engine"),
@@ -161,6 +167,11 @@ _SWITCHES = (
     "MKL_ENABLE_INSTRUCTIONS",
     "NPY_DISABLE_CPU_FEATURES",
     "NPY_ENABLE_CPU_FEATURES",
+    "NUMBA_CPU_FEATURES",
+    "NUMBA_CPU_NAME",
+    "NUMBA_LOOP_VECTORIZE",
+    "NUMBA_OPT",
+    "NUMBA_SLP_VECTORIZE",
     "ONEDNN_CPU_ISA_HINTS",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
@@ -190,6 +201,8 @@ ARITHMETIC = frozenset(
         "arithmetic.py",
         "borrowed.py",
         "borrowed_config.py",
+        "compiled.py",
+        "compiled_arithmetic.py",
         "cpu_arithmetic.py",
         "decoder.py",
         "device.py",

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,6 +30,31 @@ class Adapted:
     rows: Tensor | None  # [M] int64, which of the step's T tokens; None: all of them
 
 
+class Plans(Mapping[int | None, AttentionPlan]):
+    """The attention plans of a step by sliding window, None for none; each is worked out when it is first wanted."""
+
+    def __init__(self, windows: tuple[int, ...], plan: Callable[[int | None], AttentionPlan]) -> None:
+        self._windows: tuple[int | None, ...] = (None, *windows)
+        self._plan = plan
+        self._made: dict[int | None, AttentionPlan] = {}
+
+    def __getitem__(self, window: int | None) -> AttentionPlan:
+        if window not in self._made:
+            if window not in self._windows:
+                raise KeyError(window)
+            self._made[window] = self._plan(window)
+        return self._made[window]
+
+    def __contains__(self, window: object) -> bool:
+        return window in self._windows
+
+    def __iter__(self) -> Iterator[int | None]:
+        return iter(self._windows)
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """The tensors of one step. T tokens."""
@@ -37,9 +62,10 @@ class StepInputs:
     tokens: Tensor  # [T] int64
     positions: Tensor  # [T] int64
     slots: Tensor  # [T] int64  where each token's key and value go
-    attention: AttentionPlan
+    block_table: Tensor  # [S, M] int64  of each sequence
+    sequences: Tensor  # [T] int64  of which of them each token is
+    plans: Mapping[int | None, AttentionPlan]  # by sliding window
     adapted: tuple[Adapted, ...] = ()  # no token is in two of them
-    windowed: Mapping[int, AttentionPlan] = field(default_factory=dict)  # by sliding window, of a model that has them
     interrupted: Interrupted = never
 
     def give_way(self) -> None:
@@ -106,4 +132,4 @@ class CpuArithmetic:
         return query
 
     def attention(self, inputs: StepInputs, query: Tensor, cache: KVCache, scale: float) -> Tensor:
-        return paged_attention(query, cache.key, cache.value, inputs.attention, scale, self._segment)
+        return paged_attention(query, cache.key, cache.value, inputs.plans[None], scale, self._segment)

@@ -37,10 +37,10 @@ class PagedStep:
 
     def plan(self, window: int | None) -> AttentionPlan:
         if window is None or window >= self.longest:
-            return self.inputs.attention
-        if window not in self.inputs.windowed:
+            return self.inputs.plans[None]
+        if window not in self.inputs.plans:
             raise UnsupportedModel(f"a layer asks for a window of {window} keys that `config.json` does not name")
-        return self.inputs.windowed[window]
+        return self.inputs.plans[window]
 
 
 @dataclass(frozen=True, slots=True)

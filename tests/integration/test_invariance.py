@@ -21,18 +21,20 @@ from engine.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import EOS
 from tests.support.engine_core import Output, make_request, run_all, take
 from tests.support.invariance import bits, others, prompt
-from tests.support.model_engine import MOST_ROWS, load_model, model_core
+from tests.support.model_engine import MOST_ROWS, LoadedModel, load_model, model_core
 from tests.support.tiny_models import VOCABULARY
 
 LENGTHS = (1, 15, 16, 17, 63, 65, 257, 300, 509)  # the last grows over the end of a segment of keys
 NEW_TOKENS = 12
 UNBOUNDED = MOST_ROWS
 MODELS = ("llama", "qwen2", "qwen3", "wide")  # mistral differs from llama by no operation
+PLAIN = ("plain llama", "plain qwen3")  # by torch alone, where others go by what numba compiles
 
 
-@pytest.fixture(params=MODELS)
-def directory(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
-    return tiny_models[request.param]
+@pytest.fixture(params=MODELS + PLAIN)
+def model(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> LoadedModel:
+    name = request.param.removeprefix("plain ")
+    return load_model(tiny_models[name], compiled=name == request.param)
 
 
 def ask(length: int, name: str = "") -> GenerationRequest:
@@ -58,68 +60,68 @@ def ask(length: int, name: str = "") -> GenerationRequest:
 
 
 @cache
-def alone(directory: Path, length: int) -> tuple[object, ...]:
-    return bits(run_all(model_core(load_model(directory)), [ask(length, "r")])["r"])
+def alone(model: LoadedModel, length: int) -> tuple[object, ...]:
+    return bits(run_all(model_core(model), [ask(length, "r")])["r"])
 
 
-def assert_as_alone(directory: Path, outputs: dict[str, Output]) -> None:
+def assert_as_alone(model: LoadedModel, outputs: dict[str, Output]) -> None:
     for length in LENGTHS:
-        assert bits(outputs[str(length)]) == alone(directory, length)
+        assert bits(outputs[str(length)]) == alone(model, length)
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 100, UNBOUNDED])
-def test_chunk_boundaries_change_no_bit(directory: Path, chunk: int) -> None:
+def test_chunk_boundaries_change_no_bit(model: LoadedModel, chunk: int) -> None:
     for length in LENGTHS:
-        core = model_core(load_model(directory), chunk_tokens=chunk)
-        assert bits(run_all(core, [ask(length)])[str(length)]) == alone(directory, length)
+        core = model_core(model, chunk_tokens=chunk)
+        assert bits(run_all(core, [ask(length)])[str(length)]) == alone(model, length)
 
 
 @pytest.mark.parametrize("count", [1, 7, 32, 40])
-def test_neighbours_change_no_bit(directory: Path, count: int) -> None:
+def test_neighbours_change_no_bit(model: LoadedModel, count: int) -> None:
     beside = others(count)
-    core = model_core(load_model(directory), 1024, token_budget=64 + 17 * count, chunk_tokens=100)
+    core = model_core(model, 1024, token_budget=64 + 17 * count, chunk_tokens=100)
     mine = [ask(length) for length in LENGTHS]
-    assert_as_alone(directory, run_all(core, [*beside[: count // 2], *mine, *beside[count // 2 :]], check=False))
+    assert_as_alone(model, run_all(core, [*beside[: count // 2], *mine, *beside[count // 2 :]], check=False))
 
 
-def test_a_cache_warm_to_any_block_boundary_changes_no_bit(directory: Path) -> None:
+def test_a_cache_warm_to_any_block_boundary_changes_no_bit(model: LoadedModel) -> None:
     for warm in range(16, 257, 16):
-        core = model_core(load_model(directory), chunk_tokens=100)
+        core = model_core(model, chunk_tokens=100)
         run_all(core, [make_request("warm", prompt(warm + 1), 1)])
         output = run_all(core, [ask(257)])["257"]
         assert output.stats is not None
         assert output.stats.cached_tokens == warm
-        assert bits(output) == alone(directory, 257)
+        assert bits(output) == alone(model, 257)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5])
-def test_preemption_at_every_kth_step_changes_no_bit(directory: Path, every: int) -> None:
+def test_preemption_at_every_kth_step_changes_no_bit(model: LoadedModel, every: int) -> None:
     def preempt(core: EngineCore, step: int) -> None:
         if step % every == every - 1 and core.scheduler.running:
             core.scheduler.preempt_youngest()
 
     for length in (1, 17, 65, 257):
-        core = model_core(load_model(directory), chunk_tokens=100)
+        core = model_core(model, chunk_tokens=100)
         output = run_all(core, [ask(length)], before_step=preempt)[str(length)]
         assert output.stats is not None
         assert output.stats.preemptions > 0
-        assert bits(output) == alone(directory, length)
+        assert bits(output) == alone(model, length)
 
 
 @pytest.mark.parametrize("chunk", [16, 64, 100, UNBOUNDED])
-def test_going_through_a_recorded_output_gives_the_bits_of_generating_it(directory: Path, chunk: int) -> None:
+def test_going_through_a_recorded_output_gives_the_bits_of_generating_it(model: LoadedModel, chunk: int) -> None:
     def preempt(core: EngineCore, step: int) -> None:
         if step % 3 == 2 and chunk == 16 and core.scheduler.running:
             core.scheduler.preempt_youngest()
 
-    core = model_core(load_model(directory), 1024, chunk_tokens=chunk, token_budget=200)
-    recorded = {length: alone(directory, length)[0] for length in LENGTHS}
+    core = model_core(model, 1024, chunk_tokens=chunk, token_budget=200)
+    recorded = {length: alone(model, length)[0] for length in LENGTHS}
     again = [
         replace(ask(length), forced=tuple(tokens), cache_salt=b"%d" % length) for length, tokens in recorded.items()
     ]
     beside = others(7)
     outputs = run_all(core, [*beside[:3], *again, *beside[3:]], before_step=preempt, check=False)
-    assert_as_alone(directory, outputs)
+    assert_as_alone(model, outputs)
 
 
 def plain(length: int, name: str, **sampling: object) -> GenerationRequest:
@@ -129,13 +131,13 @@ def plain(length: int, name: str, **sampling: object) -> GenerationRequest:
 
 
 @pytest.mark.parametrize("trials", [4, 24, 200])
-def test_guesses_change_no_bit_and_save_steps(directory: Path, trials: int) -> None:
+def test_guesses_change_no_bit_and_save_steps(model: LoadedModel, trials: int) -> None:
     requests = [plain(length, f"greedy-{length}", temperature=0.0) for length in LENGTHS]
     requests += [plain(length, f"drawn-{length}", temperature=0.3, stop=("qq",)) for length in LENGTHS]
     steps = {}
     outputs = {}
     for rows in (0, trials):
-        core = model_core(load_model(directory), 1024, trial_rows=rows, token_budget=400)
+        core = model_core(model, 1024, trial_rows=rows, token_budget=400)
         outputs[rows] = {name: bits(output) for name, output in run_all(core, requests).items()}
         steps[rows] = core.metrics().steps
     assert outputs[0] == outputs[trials]
@@ -160,7 +162,9 @@ def test_a_step_of_any_number_of_rows_changes_no_bit(tiny_models: dict[str, Path
     )
     mine = [ask(length) for length in LENGTHS[: max(1, min(rows, len(LENGTHS)))]]
     structured = [ordered(n, f"structured-{n}") for n in range(1 + rows // 16)]
-    forced = [replace(ask(17, f"forced-{n}"), forced=tuple(alone(directory, 17)[0])) for n in range(rows // 16)]
+    forced = [
+        replace(ask(17, f"forced-{n}"), forced=tuple(alone(load_model(directory), 17)[0])) for n in range(rows // 16)
+    ]
     forks = [replace(ask(63, f"fork-{n}"), sampling=replace(ask(63).sampling, seed=n)) for n in range(rows // 8)]
     guessed = [plain(15 + n, f"guess-{n}", temperature=0.0) for n in range(rows // 16)]
     free = others(max(0, rows - len(forced) - len(forks) - len(guessed)))
@@ -168,9 +172,9 @@ def test_a_step_of_any_number_of_rows_changes_no_bit(tiny_models: dict[str, Path
     outputs = run_all(core, asked, grammars=grammars_of(directory), check=False)
     assert core.check_integrity() == ()
     for request in mine:
-        assert bits(outputs[request.request_id]) == alone(directory, len(request.prompt))
+        assert bits(outputs[request.request_id]) == alone(load_model(directory), len(request.prompt))
     for n in range(len(forced)):
-        assert bits(outputs[f"forced-{n}"]) == alone(directory, 17)
+        assert bits(outputs[f"forced-{n}"]) == alone(load_model(directory), 17)
     for request in structured[:4]:
         assert bits(outputs[request.request_id]) == ordered_alone(directory, int(request.request_id.split("-")[1]))
     for n, request in enumerate(forks[:4]):
@@ -219,8 +223,8 @@ def ordered_alone(directory: Path, n: int) -> tuple[object, ...]:
     return bits(run_all(core, [ordered(n, "r")], grammars=grammars_of(directory))["r"])
 
 
-def test_choices_of_one_prompt_share_its_blocks(directory: Path) -> None:
-    core = model_core(load_model(directory), 64)
+def test_choices_of_one_prompt_share_its_blocks(model: LoadedModel) -> None:
+    core = model_core(model, 64)
     choices = [replace(ask(100, f"choice-{n}"), sampling=replace(ask(100).sampling, seed=n)) for n in range(8)]
     held: list[int] = []
     run_all(core, choices, before_step=lambda core, step: held.append(core.metrics().used_blocks))
@@ -234,8 +238,8 @@ def read(length: int, name: str, pooling: Pooling | None) -> GenerationRequest:
 
 
 @cache
-def read_alone(directory: Path, length: int, pooling: Pooling | None) -> tuple[object, ...]:
-    return shown(run_all(model_core(load_model(directory)), [read(length, "r", pooling)])["r"])
+def read_alone(model: LoadedModel, length: int, pooling: Pooling | None) -> tuple[object, ...]:
+    return shown(run_all(model_core(model), [read(length, "r", pooling)])["r"])
 
 
 def shown(output: Output) -> tuple[object, ...]:
@@ -245,28 +249,30 @@ def shown(output: Output) -> tuple[object, ...]:
 
 @pytest.mark.parametrize("pooling", [Pooling.MEAN, Pooling.LAST, None])
 @pytest.mark.parametrize("chunk", [16, 100, UNBOUNDED])
-def test_what_is_read_of_a_prompt_depends_on_nothing_else(directory: Path, pooling: Pooling | None, chunk: int) -> None:
+def test_what_is_read_of_a_prompt_depends_on_nothing_else(
+    model: LoadedModel, pooling: Pooling | None, chunk: int
+) -> None:
     def preempt(core: EngineCore, step: int) -> None:
         if step % 3 == 2 and chunk == 16 and core.scheduler.running > 1:  # what is read from the start would start anew
             core.scheduler.preempt_youngest()
 
-    core = model_core(load_model(directory), 1024, chunk_tokens=chunk, token_budget=200)
+    core = model_core(model, 1024, chunk_tokens=chunk, token_budget=200)
     run_all(core, [ask(length) for length in LENGTHS])  # and its blocks are cached
     beside = others(7)
     reads = [read(length, f"read-{length}", pooling) for length in LENGTHS]
     outputs = run_all(core, [*beside[:3], *reads, *beside[3:]], before_step=preempt)
     for length in LENGTHS:
         output = outputs[f"read-{length}"]
-        assert shown(output) == read_alone(directory, length, pooling)
+        assert shown(output) == read_alone(model, length, pooling)
         assert [one.token for one in output.prompt_logprobs] == ([] if pooling else prompt(length)[1:])
         assert (output.embedding is None) == (pooling is None)
 
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
-def test_steps_given_up_between_layers_for_who_came_change_no_bit(directory: Path, layer: int) -> None:
+def test_steps_given_up_between_layers_for_who_came_change_no_bit(model: LoadedModel, layer: int) -> None:
     """One key floods; others ask, at every third step or so, when it has come to `layer`."""
-    core = model_core(load_model(directory), 1024, max_sequences=8, token_budget=200, chunk_tokens=64)
-    layers = 2 * load_model(directory).config.num_hidden_layers  # half ones: a step may be given up within, too
+    core = model_core(model, 1024, max_sequences=8, token_budget=200, chunk_tokens=64)
+    layers = 2 * model.config.num_hidden_layers  # half ones: a step may be given up within, too
     outputs = {request.request_id: Output() for request in others(40)}
     for request in others(40):
         core.add(replace(request, fairness_key="flood"))
@@ -283,21 +289,21 @@ def test_steps_given_up_between_layers_for_who_came_change_no_bit(directory: Pat
             take(outputs[emission.request_id], emission.delta)
         assert core.check_integrity() == ()
     assert core.metrics().interrupted_steps >= 5
-    assert_as_alone(directory, outputs)
+    assert_as_alone(model, outputs)
 
 
-def test_preemption_with_an_evicted_cache_changes_no_bit(directory: Path) -> None:
+def test_preemption_with_an_evicted_cache_changes_no_bit(model: LoadedModel) -> None:
     def preempt(core: EngineCore, step: int) -> None:
         while step % 5 == 4 and core.scheduler.running:
             core.scheduler.preempt_youngest()
 
-    core = model_core(load_model(directory), 36, token_budget=64, chunk_tokens=64)
+    core = model_core(model, 36, token_budget=64, chunk_tokens=64)
     outputs = run_all(core, [*others(12), *(ask(length) for length in LENGTHS)], before_step=preempt)
     assert core.metrics().preemptions > 0
-    assert_as_alone(directory, outputs)
+    assert_as_alone(model, outputs)
 
 
-def test_another_process_of_blocks_and_requests_before_changes_no_bit(directory: Path) -> None:
-    core = model_core(load_model(directory), 64)
+def test_another_process_of_blocks_and_requests_before_changes_no_bit(model: LoadedModel) -> None:
+    core = model_core(model, 64)
     run_all(core, others(20))
-    assert_as_alone(directory, run_all(core, [ask(length) for length in LENGTHS]))
+    assert_as_alone(model, run_all(core, [ask(length) for length in LENGTHS]))

@@ -34,9 +34,9 @@ class LoadedModel:
 
 
 @cache
-def load_model(directory: Path) -> LoadedModel:
+def load_model(directory: Path, compiled: bool = True) -> LoadedModel:
     torch.set_num_threads(1)
-    return LoadedModel(load.load_model(Reading(directory), MOST_ROWS).model)
+    return LoadedModel(load.load_model(Reading(directory), MOST_ROWS, compiled=compiled).model)
 
 
 def model_core(

@@ -1,0 +1,61 @@
+"""The arithmetic of a CPU with AMX where numba is: what is not a product is compiled, and attention gathers nothing.
+
+Products are cpu_arithmetic.py's. Blocks of a bfloat16 cache are laid out for tile_attention.py; a cache of float8 is
+cpu_arithmetic.py's, too. Imported only where numba is; see compiled.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.models.arithmetic import KVCache, LayerProduct, Rotation
+from engine.models.cpu_arithmetic import CpuArithmetic, StepInputs
+from engine.models.decoder import DecoderConfig
+from kernels import lane_rms_norm, lane_silu_mul, tile_attention, tile_rope_store
+from kernels.lanes import has_tiles
+from kernels.rope_store import HeadNorm
+
+
+class CompiledArithmetic(CpuArithmetic):
+    """Whose sizes `serves` let pass."""
+
+    def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return lane_rms_norm.lane_rms_norm(x, weight, epsilon)
+
+    def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return lane_rms_norm.lane_add_rms_norm(x, residual, weight, epsilon)
+
+    def gated_product(self, inputs: StepInputs, product: LayerProduct, x: Tensor) -> Tensor:
+        return lane_silu_mul.lane_silu_mul(self.product(inputs, product, x))
+
+    def rotate_and_store(
+        self, inputs: StepInputs, fused: Tensor, norm: HeadNorm | None, rotation: Rotation, cache: KVCache
+    ) -> Tensor:
+        if cache.key.dtype != torch.bfloat16:
+            return super().rotate_and_store(inputs, fused, norm, rotation, cache)
+        return tile_rope_store.tile_rope_store(
+            fused, norm, rotation.cos, rotation.sin, inputs.slots, cache.key, cache.value
+        )
+
+    def attention(self, inputs: StepInputs, query: Tensor, cache: KVCache, scale: float) -> Tensor:
+        if cache.key.dtype != torch.bfloat16:
+            return super().attention(inputs, query, cache, scale)
+        return tile_attention.tile_attention(
+            query, cache.key, cache.value, inputs.block_table, inputs.sequences, inputs.positions, scale
+        )
+
+
+def serves(config: DecoderConfig) -> bool:
+    """Return whether a model's sizes are computed by the compiled kernels, and here, and invariantly."""
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    return (
+        has_tiles()
+        and tile_attention.takes(heads, groups, size)
+        and lane_rms_norm.takes(config.hidden_size)
+        and lane_silu_mul.takes(config.intermediate_size)
+        and tile_attention.verify_invariance(heads, groups, size)
+        and tile_rope_store.verify_invariance(heads, groups, size)
+        and lane_rms_norm.verify_invariance(config.hidden_size)
+        and lane_silu_mul.verify_invariance(config.intermediate_size)
+    )
