@@ -67,7 +67,13 @@ class Watched:
 
 
 @pytest.fixture
-def start(tiny_models: dict[str, Path]) -> Iterator[Callable[..., Watched]]:
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What starts and ends alone need not compile kernels, which takes seconds."""
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+
+
+@pytest.fixture
+def start(tiny_models: dict[str, Path], quick: None) -> Iterator[Callable[..., Watched]]:
     started: list[Watched] = []
 
     def one(**values: object) -> Watched:
@@ -266,6 +272,7 @@ async def test_a_process_that_is_stopped_is_stuck_until_it_goes_on(start: Callab
     assert len(await answer(watched.engine, ask(watched.engine, "after", 5))) > 0
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
@@ -278,6 +285,7 @@ def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(tiny_models: d
     assert events == [Ended("the engine is closed")]
 
 
+@pytest.mark.usefixtures("quick")
 async def test_a_process_whose_step_fails_is_buried(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
@@ -288,6 +296,7 @@ async def test_a_process_whose_step_fails_is_buried(tiny_models: dict[str, Path]
     await until(lambda: children() == before)
 
 
+@pytest.mark.usefixtures("quick")
 async def test_what_cannot_be_sent_ends_it_by_name(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
@@ -299,6 +308,7 @@ async def test_what_cannot_be_sent_ends_it_by_name(tiny_models: dict[str, Path])
     await until(lambda: children() == before)
 
 
+@pytest.mark.usefixtures("quick")
 def test_what_refuses_to_start_says_the_same_and_leaves_no_process(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -316,6 +326,7 @@ def test_what_refuses_to_start_says_the_same_and_leaves_no_process(
     assert children() == before
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_process_that_ends_while_it_loads_is_a_refusal_to_start(tiny_models: dict[str, Path]) -> None:
     before = children()
 
@@ -341,6 +352,7 @@ class KillsWhoReadsIt:
         return Path, ("anywhere",)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_process_that_ends_before_it_is_told_what_to_load_is_a_refusal_to_start() -> None:
     before = children()
     with pytest.raises(EngineStartError, match="ended with -9 while it loaded"):
@@ -363,6 +375,7 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("when", ["loading", "ready"])
+@pytest.mark.usefixtures("quick")
 def test_it_ends_with_the_process_that_started_it_which_needs_no_torch(tiny_models: dict[str, Path], when: str) -> None:
     gateway = subprocess.Popen(
         [sys.executable, "-c", ORPHANED, str(tiny_models["wide"])],
@@ -404,6 +417,7 @@ def test_the_setting_says_where_the_engine_steps(tmp_path: Path, where: str, pro
     assert children() == before
 
 
+@pytest.mark.usefixtures("quick")
 async def test_one_that_is_closed_before_anything_was_asked_is_gone(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
