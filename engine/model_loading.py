@@ -36,12 +36,13 @@ from engine.model_runner import (
     ModelRunner,
     choose_linears,
     choose_segment,
+    products_here,
     verify_adapters,
 )
 from engine.models.arithmetic import Adapter
 from engine.models.borrowed import BorrowedModel, build
 from engine.models.borrowed_config import BorrowedConfig, model_class
-from engine.models.compiled import compiled_arithmetic, compiled_policy
+from engine.models.compiled import compiled_arithmetic, compiled_policy, compiled_products
 from engine.models.cpu_arithmetic import CpuArithmetic, StepInputs
 from engine.models.decoder import ARCHITECTURES, Decoder, DecoderConfig, parameter_shapes
 from engine.models.model import Model, ModelShape
@@ -165,13 +166,14 @@ def configuration(values: Mapping[str, Any], context_length: int | None = None) 
 
 def _native(reading: Reading, config: DecoderConfig, most_rows: int, compiled: bool) -> LoadedModel:
     segment = choose_segment(config)
-    linears = choose_linears(config, most_rows)
+    linears = choose_linears(config, most_rows, products_here(compiled))
     weights = load_parameters(reading, parameter_shapes(config))
     linear = LinearByShape(linears)
     found = compiled_arithmetic(config) if compiled else None
-    arithmetic = (found or CpuArithmetic)(linear, SEGMENTS[segment], linear.pack)
+    arithmetic = (found or CpuArithmetic)(linear, SEGMENTS[segment], linear.pack, linear.gated)
     decoder = Decoder(config, HandedOver(weights.tensors), arithmetic)
-    policy = numeric_policy(linears, segment, compiled=None if found is None else compiled_policy())
+    uses = found is not None or not set(linears.values()).isdisjoint(compiled_products())
+    policy = numeric_policy(linears, segment, compiled=compiled_policy() if uses else None)
     return LoadedModel(decoder, policy, weights.cast)
 
 

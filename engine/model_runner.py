@@ -19,7 +19,8 @@ from torch import Tensor
 from engine.config import KV_CACHE_DTYPES, EngineStartError
 from engine.logprobs import log_softmax, token_logprob
 from engine.models.arithmetic import Adapter, KVCache
-from engine.models.cpu_arithmetic import Adapted, Plans, StepInputs
+from engine.models.compiled import compiled_products
+from engine.models.cpu_arithmetic import Adapted, Gated, Plans, StepInputs
 from engine.models.decoder import DecoderConfig
 from engine.models.model import Model, ModelShape
 from engine.plan import BLOCK_SIZE, Draw, Interrupted, Reading, RowPlan, StepPlan, StepResult, never
@@ -54,6 +55,7 @@ class Product:
 
     multiply: Linear
     pack: Pack = keep
+    gated: Gated | None = None
 
 
 LINEARS = {"library": Product(linear), "fixed_tiles": Product(linear_fixed_tiles)}  # the faster first
@@ -66,9 +68,11 @@ PACKED = {
 Shape = tuple[int, int]
 
 
-def products_here() -> dict[str, Product]:
-    """Return the products of this machine by name, the faster first."""
-    return {**PACKED, **LINEARS} if packs(torch.bfloat16) else LINEARS
+def products_here(compiled: bool = True) -> dict[str, Product]:
+    """Return the products of this machine by name, the faster first; unless `compiled`, none that numba compiles."""
+    found = compiled_products() if compiled else {}
+    fastest = {name: Product(*product) for name, product in found.items()}
+    return {**fastest, **(PACKED if packs(torch.bfloat16) else {}), **LINEARS}
 
 
 def choose_linears(
@@ -137,7 +141,8 @@ class LinearByShape:
     """A `kernels.linear.Linear` that takes each weight to the product chosen for its shape."""
 
     def __init__(self, chosen: Mapping[Shape, str]) -> None:
-        self._by_shape = {shape: (PACKED | LINEARS)[name] for shape, name in chosen.items()}
+        products = products_here()
+        self._by_shape = {shape: products[name] for shape, name in chosen.items()}
 
     def pack(self, weight: Tensor) -> Tensor:
         """Return a weight laid out for its product."""
@@ -147,6 +152,12 @@ class LinearByShape:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = weight.shape
         return self._by_shape[rows, columns].multiply(x, weight, bias)
+
+    def gated(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """Return silu(gate) · up of a weight of both, where its product does that at once."""
+        rows, columns = weight.shape
+        at_once = self._by_shape[rows, columns].gated
+        return None if at_once is None else at_once(x, weight)
 
 
 class LinearAsMet:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from kernels.lanes import (
     fill,
     integer_at,
     over,
+    part,
     plus,
     power_of_two,
     put_halves,
@@ -69,19 +71,22 @@ def _silu_mul(data: int) -> None:
     items, together = integer_at(data + 16), integer_at(data + 24)
     gate_up, out = integer_at(data + 32), integer_at(data + 40)
     rows, width = integer_at(data + 48), integer_at(data + 56)
-    one, exponent = fill(_ONE), fill(_MINUS_LOG2E)
     item = claim(data + TAKEN)
     while item < items:
         for row in range(item * together, min(item * together + together, rows)):
             source, to = gate_up + row * width * 4, out + row * width * 2
             for column in range(0, width, LANES):
-                place = (
-                    min(column, width - LANES) * 2
-                )  # the last sixteen may begin among those before, and give the same
+                place = min(column, width - LANES) * 2  # the last may begin among those before, and give the same
                 gate, up = sixteen_halves_at(source + place), sixteen_halves_at(source + width * 2 + place)
-                opened = rounded(over(gate, plus(one, power_of_two(times(gate, exponent)))))
-                put_halves(to + place, times(opened, up))
+                put_halves(to + place, silu_times(gate, up))
         item = claim(data + TAKEN)
+
+
+@part
+def silu_times(gate: Any, up: Any) -> Any:
+    """silu(gate) · up, of sixteen of each."""
+    opened = over(gate, plus(fill(_ONE), power_of_two(times(gate, fill(_MINUS_LOG2E)))))
+    return times(rounded(opened), up)
 
 
 def verify_invariance(width: int) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import metadata
+from typing import NamedTuple
 
-from engine.models.cpu_arithmetic import CpuArithmetic
+from engine.models.cpu_arithmetic import CpuArithmetic, Gated
 from engine.models.decoder import DecoderConfig
+from kernels.linear import Linear, Pack
 
 
 def compiled_arithmetic(config: DecoderConfig) -> type[CpuArithmetic] | None:
@@ -16,6 +18,22 @@ def compiled_arithmetic(config: DecoderConfig) -> type[CpuArithmetic] | None:
     except ImportError:
         return None
     return CompiledArithmetic if serves(config) else None
+
+
+class CompiledProduct(NamedTuple):
+    multiply: Linear
+    pack: Pack
+    gated: Gated
+
+
+def compiled_products() -> Mapping[str, CompiledProduct]:
+    """Return the compiled products by name: none where there is no numba, or no AMX."""
+    try:
+        from kernels.lanes import has_tiles
+        from kernels.tile_linear import lay_out, tile_linear, tile_silu_mul
+    except ImportError:
+        return {}
+    return {"tiles": CompiledProduct(tile_linear, lay_out, tile_silu_mul)} if has_tiles() else {}
 
 
 def compiled_policy() -> Mapping[str, object]:

@@ -27,7 +27,8 @@ class CompiledArithmetic(CpuArithmetic):
         return lane_rms_norm.lane_add_rms_norm(x, residual, weight, epsilon)
 
     def gated_product(self, inputs: StepInputs, product: LayerProduct, x: Tensor) -> Tensor:
-        return lane_silu_mul.lane_silu_mul(self.product(inputs, product, x))
+        whole = None if inputs.adapted else self._gated(x, product.weight)
+        return lane_silu_mul.lane_silu_mul(self.product(inputs, product, x)) if whole is None else whole
 
     def rotate_and_store(
         self, inputs: StepInputs, fused: Tensor, norm: HeadNorm | None, rotation: Rotation, cache: KVCache

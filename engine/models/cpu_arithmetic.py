@@ -21,6 +21,8 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope_store import HeadNorm, rope, store_kv
 from kernels.silu_mul import silu_mul
 
+Gated = Callable[[Tensor, Tensor], Tensor | None]  # x, the weights of gate and up → silu(gate) · up, or None: not here
+
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
@@ -80,10 +82,12 @@ class CpuArithmetic:
         linear: Linear,
         segment: Segment,
         pack: Pack = keep,  # lays a weight out for `linear`
+        gated: Gated = lambda x, weight: None,
     ) -> None:
         self._linear = linear
         self._segment = segment
         self._pack = pack
+        self._gated = gated
 
     def hold(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.model_loading import load_model
-from engine.model_runner import ModelRunner
+from engine.model_runner import LinearByShape, ModelRunner
 from engine.models.compiled import compiled_arithmetic, compiled_policy
 from engine.models.cpu_arithmetic import CpuArithmetic, Plans
 from engine.numeric_policy import digest, numeric_policy
@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[3]
 CONFIG = config_of("qwen3", SMALL)
 
 try:
+    from kernels.lane_silu_mul import lane_silu_mul
     from kernels.lanes import has_tiles
 except ImportError:
     served = False
@@ -65,6 +66,30 @@ def test_who_compiled_them_is_in_the_numeric_policy(tiny_models: dict[str, Path]
     assert without.policy["compiled"] is None
     policies = [numeric_policy({}, "fused", compiled=said) for said in (None, compiled_policy(), {"numba": "0"})]
     assert len({digest(policy) for policy in policies}) == 3
+
+
+@where_served
+def test_their_product_is_chosen_and_gates_at_once_unless_they_are_not_wanted(tiny_models: dict[str, Path]) -> None:
+    torch.set_num_threads(1)
+    with_them, without = (load_model(Reading(tiny_models["llama"]), 64, compiled=one) for one in (True, False))
+    chosen, plain = with_them.policy["linear"], without.policy["linear"]
+    assert isinstance(chosen, dict)
+    assert isinstance(plain, dict)
+    assert set(chosen.values()) == {"tiles"}
+    assert "tiles" not in plain.values()
+
+
+@where_served
+def test_a_gate_at_once_has_the_bits_of_its_steps_and_other_products_have_none() -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((9, 64), (128, 64)))
+    tiles, library = (LinearByShape({(128, 64): name}) for name in ("tiles", "library"))
+    laid_out = tiles.pack(weight)
+    found = tiles.gated(x, laid_out)
+    assert found is not None
+    assert torch.equal(found, lane_silu_mul(tiles(x, laid_out, None)))
+    assert library.gated(x, weight) is None
 
 
 @where_served

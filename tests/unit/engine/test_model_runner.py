@@ -18,6 +18,7 @@ from engine.model_runner import (
     blocks_in,
     choose_linears,
     choose_segment,
+    products_here,
 )
 from engine.plan import BLOCK_SIZE, Draw, RowPlan, StepPlan
 from engine.request import SamplingParams
@@ -109,8 +110,10 @@ def test_as_many_bytes_are_taken_as_were_counted(model: LoadedModel) -> None:
 def test_each_shape_of_the_model_has_a_product(model: LoadedModel) -> None:
     chosen = choose_linears(model.config, 64)
     assert set(chosen) == set(model.config.linear_shapes())
-    assert set(chosen.values()) <= set(PACKED | LINEARS)
+    assert set(chosen.values()) <= set(products_here())
     assert choose_segment(model.config) in SEGMENTS
+    plain = choose_linears(model.config, 64, products_here(compiled=False))
+    assert set(plain.values()) <= set(PACKED | LINEARS)
 
 
 def test_a_product_that_leans_where_a_bias_is_added_is_not_taken_for_one() -> None:
