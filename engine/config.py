@@ -35,6 +35,7 @@ class EngineConfig:
     model: Path  # a directory in the Hugging Face layout
     device: str | None = None  # `cpu`, `cuda`, `cuda:N`; None: a GPU where torch finds one, else the CPU
     threads: int | None = None  # CPU threads, ≥ 1; None: as many as suit the weights
+    compiled: bool = True  # whether the CPU's kernels are compiled at the start, where that can be done and suits
     kv_cache_mib: int = 256  # ≥ 1; memory for keys and values
     kv_cache_dtype: str = "bfloat16"  # one of KV_CACHE_DTYPES; each is a numeric policy of its own
     max_sequences: int = 64  # sequences in one step, ≥ 1

@@ -117,7 +117,7 @@ def _threads(weights: int) -> int:
 
 def _load(reading: Reading, config: EngineConfig, device: torch.device) -> LoadedModel | DeviceModel:
     if device == CPU:
-        return load_model(reading, config.max_tokens_per_step, config.context_length)
+        return load_model(reading, config.max_tokens_per_step, config.context_length, config.compiled)
     return load_device_model(reading, config.max_tokens_per_step, device, config.kv_cache_dtype)
 
 

@@ -132,6 +132,7 @@ def load_model(settings: Settings) -> Engine:
             model=settings.model.path or model_directory(),
             device=chosen.device,
             threads=chosen.threads,
+            compiled=chosen.kernels == "compiled",
             kv_cache_mib=chosen.kv_cache_mib,
             kv_cache_dtype=chosen.kv_cache_dtype,
             max_sequences=chosen.max_sequences,

@@ -68,6 +68,7 @@ _ORIGIN = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?(?:/[a-z0-9][a-z0-9
 _SERVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _WEIGHT = re.compile(r"[^=\s]{1,128}=(?:[1-9][0-9]{0,2}|1000)")
 _ADAPTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}=[^\0]+", re.DOTALL)
+_KERNELS = ("compiled", "library")
 _RUNS_IN = ("thread", "process")
 _KV_CACHE_DTYPES = ("bfloat16", "fp8_e4m3")
 _DEVICE = re.compile(r"cpu|cuda(?::(?:0|[1-9][0-9]{0,2}))?")
@@ -203,6 +204,11 @@ class EngineSettings:
         None,
         integer_kind(1, 1024),
         "threads of the CPU for tensors; without it, as many as CPUs, one fewer for a small model",
+    )
+    kernels: str = setting(
+        "compiled",
+        text_kind("`compiled` or `library`", _KERNELS.__contains__),
+        "of a CPU: compiled at the start, in seconds, where it has AMX, and faster; or torch's. Two numeric policies",
     )
     kv_cache_mib: int = setting(256, integer_kind(1, 1_048_576, "MiB"), "memory for keys and values of all sequences")
     kv_cache_dtype: str = setting(

@@ -23,7 +23,7 @@ from tests.support.scripted_engine import ScriptedEngine
 from tests.support.server import free_port
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "PROBITY_ENGINE_KERNELS": "library"}  # compiling takes seconds
 
 needs_model = pytest.mark.skipif(
     not (model_directory() / "config.json").exists(), reason="the bundled model is not in this checkout"

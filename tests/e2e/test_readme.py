@@ -76,6 +76,7 @@ def _run(script: str, directory: Path) -> subprocess.CompletedProcess[str]:
     command.chmod(0o755)
     path = f"{command.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(directory), "COLUMNS": "120"}
+    environment["PROBITY_ENGINE_KERNELS"] = "library"  # to compile takes seconds, at every start
     return subprocess.run(
         ["bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True, timeout=240, check=False
     )

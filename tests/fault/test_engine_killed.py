@@ -33,7 +33,7 @@ STRUCTURES: tuple[dict[str, object], ...] = ({}, {"response_format": {"type": "j
 @pytest.mark.parametrize("seed", range(3))
 def test_an_engine_killed_under_streams_fails_them_on_record_and_nothing_else(tmp_path: Path, seed: int) -> None:
     before = children()
-    engine = start_engine(EngineConfig(model=model_directory(), threads=1, kv_cache_mib=64))
+    engine = start_engine(EngineConfig(model=model_directory(), threads=1, compiled=False, kv_cache_mib=64))
     (pid,) = children() - before
     with running_gateway(tmp_path, engine) as gateway:
         seen = asyncio.run(_stream_and_kill(gateway, pid, random.Random(seed)))

@@ -45,13 +45,14 @@ SCHEMA = json.dumps(
 
 
 def config(directory: Path, **values: object) -> EngineConfig:
-    sizes = {"threads": 1, "kv_cache_mib": 4, "max_sequences": 8, "max_tokens_per_step": 64} | values
+    """Return a small engine's, whose kernels are torch's: to compile takes seconds at every start."""
+    sizes = {"threads": 1, "kv_cache_mib": 4, "max_sequences": 8, "max_tokens_per_step": 64, "compiled": False} | values
     return EngineConfig(directory, **sizes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_models: dict[str, Path]) -> Iterator[EngineRuntime]:
-    running = start_engine(config(tiny_models["wide"]))
+    running = start_engine(config(tiny_models["wide"], compiled=True))
     yield running
     running.close()
 
@@ -67,13 +68,7 @@ class Watched:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What starts and ends alone need not compile kernels, which takes seconds."""
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-
-
-@pytest.fixture
-def start(tiny_models: dict[str, Path], quick: None) -> Iterator[Callable[..., Watched]]:
+def start(tiny_models: dict[str, Path]) -> Iterator[Callable[..., Watched]]:
     started: list[Watched] = []
 
     def one(**values: object) -> Watched:
@@ -114,7 +109,7 @@ async def test_answers_have_the_bits_that_a_thread_gives_them(
     engine: EngineRuntime, tiny_models: dict[str, Path]
 ) -> None:
     threads = torch.get_num_threads()
-    beside = load_engine(config(tiny_models["wide"]))
+    beside = load_engine(config(tiny_models["wide"], compiled=True))
     try:
         requests = [ask(beside, f"r{n}", 5 + 9 * n, top_logprobs=n, prompt_logprobs=n) for n in range(6)]
         expected = await asyncio.gather(*(answer(beside, request) for request in requests))
@@ -272,7 +267,6 @@ async def test_a_process_that_is_stopped_is_stuck_until_it_goes_on(start: Callab
     assert len(await answer(watched.engine, ask(watched.engine, "after", 5))) > 0
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
@@ -285,7 +279,6 @@ def test_a_process_that_does_not_end_when_it_is_told_to_is_killed(tiny_models: d
     assert events == [Ended("the engine is closed")]
 
 
-@pytest.mark.usefixtures("quick")
 async def test_a_process_whose_step_fails_is_buried(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
@@ -296,7 +289,6 @@ async def test_a_process_whose_step_fails_is_buried(tiny_models: dict[str, Path]
     await until(lambda: children() == before)
 
 
-@pytest.mark.usefixtures("quick")
 async def test_what_cannot_be_sent_ends_it_by_name(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))
@@ -308,7 +300,6 @@ async def test_what_cannot_be_sent_ends_it_by_name(tiny_models: dict[str, Path])
     await until(lambda: children() == before)
 
 
-@pytest.mark.usefixtures("quick")
 def test_what_refuses_to_start_says_the_same_and_leaves_no_process(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -326,7 +317,6 @@ def test_what_refuses_to_start_says_the_same_and_leaves_no_process(
     assert children() == before
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_process_that_ends_while_it_loads_is_a_refusal_to_start(tiny_models: dict[str, Path]) -> None:
     before = children()
 
@@ -352,7 +342,6 @@ class KillsWhoReadsIt:
         return Path, ("anywhere",)
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_process_that_ends_before_it_is_told_what_to_load_is_a_refusal_to_start() -> None:
     before = children()
     with pytest.raises(EngineStartError, match="ended with -9 while it loaded"):
@@ -366,8 +355,8 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.engine_process import EngineProcess
 print(sorted({"torch", "triton", "transformers"} & set(sys.modules)), flush=True)
-process = EngineProcess(EngineConfig(Path(sys.argv[1]), threads=1, kv_cache_mib=4, max_sequences=8,
-                                     max_tokens_per_step=64), lambda *progress: print("loading", flush=True))
+config = EngineConfig(Path(sys.argv[1]), threads=1, compiled=False, max_sequences=8, max_tokens_per_step=64)
+process = EngineProcess(config, lambda *progress: print("loading", flush=True))
 print(process.pid, flush=True)
 print(sorted({"torch", "triton", "transformers"} & set(sys.modules)), flush=True)
 time.sleep(600)
@@ -375,7 +364,6 @@ time.sleep(600)
 
 
 @pytest.mark.parametrize("when", ["loading", "ready"])
-@pytest.mark.usefixtures("quick")
 def test_it_ends_with_the_process_that_started_it_which_needs_no_torch(tiny_models: dict[str, Path], when: str) -> None:
     gateway = subprocess.Popen(
         [sys.executable, "-c", ORPHANED, str(tiny_models["wide"])],
@@ -408,7 +396,9 @@ def test_no_setting_of_the_gateway_reaches_it(start: Callable[..., Watched], mon
 @pytest.mark.parametrize(("where", "processes"), [("thread", 0), ("process", 1)])
 def test_the_setting_says_where_the_engine_steps(tmp_path: Path, where: str, processes: int) -> None:
     before, threads = children(), torch.get_num_threads()
-    running = load_model(load_settings(None, {}, {"data_dir": str(tmp_path), "engine.runs_in": where}))
+    running = load_model(
+        load_settings(None, {}, {"data_dir": str(tmp_path), "engine.runs_in": where, "engine.kernels": "library"})
+    )
     try:
         assert len(children() - before) == processes
     finally:
@@ -417,7 +407,6 @@ def test_the_setting_says_where_the_engine_steps(tmp_path: Path, where: str, pro
     assert children() == before
 
 
-@pytest.mark.usefixtures("quick")
 async def test_one_that_is_closed_before_anything_was_asked_is_gone(tiny_models: dict[str, Path]) -> None:
     before = children()
     process = EngineProcess(config(tiny_models["wide"]))

@@ -130,7 +130,7 @@ def test_addresses_that_may_be_used(url: str) -> None:
 
 def test_the_table_has_a_row_for_every_setting() -> None:
     rows = settings_table().splitlines()
-    assert len(rows) == 2 + 43
+    assert len(rows) == 2 + 44
     assert all(row.count(" | ") == 4 for row in rows[2:])
     assert any(row.startswith("| `server.port` | `PROBITY_SERVER_PORT` | 0 … 65,535 | `8080` |") for row in rows)
 
