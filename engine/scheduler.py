@@ -213,14 +213,16 @@ class Scheduler:
 
     def _plan_running(self, rows: list[RowPlan]) -> int:
         """Plan every running sequence that gets tokens; return the budget left over."""
-        decoding = sum(1 for sequence in self._running if sequence.pending == 1 and not self._pauses(sequence))
+        # Looked up once: a preemption on the way may bring a key down to its share, and to tokens it was not allotted.
+        pausing = {sequence.arrival for sequence in self._running if self._pauses(sequence)}
+        decoding = sum(1 for sequence in self._running if sequence.pending == 1 and sequence.arrival not in pausing)
         budget = self.limits.token_budget - decoding  # their tokens are set aside: a prefill never starves a decode
-        allotted = self._allot(budget)
+        allotted = self._allot(budget, pausing)
         trials = max(0, min(self.limits.trial_rows - decoding, budget))
         index = 0
         while index < len(self._running):  # preemption shortens the list, at its end, while we walk it
             sequence = self._running[index]
-            if self._pauses(sequence):
+            if sequence.arrival in pausing:
                 index += 1
                 continue
             count = 1
@@ -236,10 +238,10 @@ class Scheduler:
             index += 1
         return budget
 
-    def _allot(self, budget: int) -> dict[str, int]:
+    def _allot(self, budget: int, pausing: set[int]) -> dict[str, int]:
         """Return how many tokens of prompts each key may have computed in this step: what it wants, or, by weight, a
         share of what is left by those who want less. Of who waits, the next one's are set aside."""
-        readers = [one for one in self._running if one.pending > 1 and not self._pauses(one)]
+        readers = [one for one in self._running if one.pending > 1 and one.arrival not in pausing]
         if self._waiting and self.running < self.limits.max_sequences:
             readers.append(self._waiting.next())
         wanted: dict[str, int] = {}

@@ -332,3 +332,34 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40)
 TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(max_examples=120, stateful_step_count=40)
+
+
+# What once ended the step thread: a preemption on the way brought a key down to its share, in the middle of a plan.
+FALLS_TO_ITS_SHARE = (
+    *[("add", "a", 1, 1)] * 5, ("add", "a", 48, 1), ("step", 11), ("add", "a", 15, 1), ("come", "a", 1, 60),
+    ("preempt", 2), ("abort", "6"), ("abort", "7"), ("add", "a", 1, 1), ("add", "a", 1, 1), ("come", "c", 1, 40),
+    ("preempt", 3), ("step", 12), ("come", "a", 48, 1), ("preempt", 2), ("other", "a", 100, 1), ("come", "c", 100, 1),
+    ("preempt", 1), ("add", "b", 1, 40), ("step", 1), ("preempt", 3), ("read", "b", 15, 1), ("add", "a", 48, 1),
+    ("add", "a", 33, 2), ("add", "b", 100, 1),
+)  # fmt: skip
+
+
+def test_a_key_that_falls_to_its_share_while_a_step_is_planned_waits_for_the_next() -> None:
+    machine = EngineMachine()
+    machine.start(chunk=7, trials=0)
+    for what, *told in FALLS_TO_ITS_SHARE:
+        if what == "step":
+            machine.step(count=told[0])
+        elif what == "abort":
+            assert machine.core.abort(str(told[0])) is not None
+            del machine.outputs[str(told[0])]
+        elif what == "preempt":
+            for _ in range(int(told[0])):
+                machine.core.scheduler.preempt_youngest()
+        else:
+            key, length, max_tokens = told
+            salt, read = (b"tenant-b" if what == "other" else b"tenant-a"), (2 if what == "read" else None)
+            asked = Asked(0, int(length), int(max_tokens), salt, 0, False, str(key), read, 0, None)
+            (machine.step_while_another_comes if what == "come" else machine.add)(request=asked)
+        machine.adds_up()
+    machine.teardown()
