@@ -8,8 +8,11 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/probity demo $(if $(ONCE),--once)
 
+# Half of the tests wait, for servers and disks; the other half computes beside them.
 test: $(VENV)/.installed-dev lint
-	$(BIN)/pytest
+	@$(BIN)/pytest tests/gpu tests/property tests/unit > .tests-beside.txt 2>&1 & beside=$$!; \
+	$(BIN)/pytest tests/e2e tests/fault tests/integration; status=$$?; \
+	wait $$beside || status=1; cat .tests-beside.txt; exit $$status
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
