@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,18 +88,18 @@ class Stream:
         return "sha256:" + self._hash.hexdigest()
 
 
-class Files:
+class Files(ABC):
     """Small files by name, and what they say."""
 
     called = "the model directory"  # in messages
 
+    @abstractmethod
     def has(self, name: str) -> bool:
         """Return whether there is a file of that name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, name: str) -> bytes:
         """Return a file whole. Raises WeightsError."""
-        raise NotImplementedError
 
     def text(self, name: str) -> str:
         """Return a file of UTF-8, its lines ended as Python's text files end them. Raises WeightsError."""
