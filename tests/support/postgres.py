@@ -10,6 +10,7 @@ parents' modes. `database()` migrates as the superuser and hands out the URL of 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -81,8 +82,10 @@ class PostgresServer:
         pid = self._server.get_pid()
         assert pid is not None
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for process in (pid, *map(int, children)):
-            os.kill(process, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        for process in map(int, children):
+            with contextlib.suppress(ProcessLookupError):  # a backend ends by itself without its postmaster
+                os.kill(process, signal.SIGKILL)
         # Where nobody reaps the dead, their ids still look taken to the next start.
         (self.directory / "postmaster.pid").unlink()
         (self.socket_directory / ".s.PGSQL.5432.lock").unlink(missing_ok=True)
