@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled, part
 from kernels.lanes import (
     LANES,
     bits_of,
     claim,
-    compiled,
     fill,
     fused,
     integer_at,
     number_at,
-    part,
     plus,
     put_halves,
     rounded,

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled, part
 from kernels.lanes import (
     LANES,
     claim,
-    compiled,
     fill,
     integer_at,
     over,
-    part,
     plus,
     power_of_two,
     put_halves,

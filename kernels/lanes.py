@@ -5,8 +5,7 @@ a product and a sum are one rounding only where `fused` says so, and what is add
 that stands below. So the bits of a kernel follow from its text, whichever loops LLVM unrolls. Memory is addressed by
 integers, as `Tensor.data_ptr()` gives them, and nobody checks them here: a kernel's public function does.
 
-Compiled when first wanted, in this process, for this CPU. Nothing is kept on disk: numba's cache knows the file of a
-kernel and not the words in it, and would run yesterday's. Imported only where numba is; see engine/models/compiled.py.
+Imported only where numba is; see engine/models/compiled.py.
 
 Source: Intel, Architecture Instruction Set Extensions, 2023, chapter 3 (AMX); LLVM Language Reference, 2025.
 """
@@ -23,6 +22,8 @@ from llvmlite import binding, ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
+from kernels.compilation import part
+
 LANES = 16
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _LONG, _BYTE = ir.IntType(64), ir.IntType(8)
@@ -33,26 +34,14 @@ _NOTHING = ir.VoidType()
 Emit = Callable[..., Any]  # an LLVM builder and the values of the arguments → the value of the result, or None
 
 
-_OPTIONS = {"boundscheck": False, "error_model": "numpy"}
+def instruction(function: Callable[..., Any]) -> Any:
+    """Return a word of numba's. It has no types for its own."""
+    return intrinsic(function)
 
 
-def compiled(function: Callable[[int], None]) -> int:
-    """Compile `function`, of the address of its arguments, and return its own. See team.py for who runs it.
-
-    The function is never taken out of memory again.
-    """
-    made = numba.cfunc(types.void(types.int64), **_OPTIONS)(function)
-    _held.append(made)
-    return int(made.address)
-
-
-_held: list[Any] = []
-
-
-def part(function: Callable[..., Any]) -> Any:
-    """Return `function` as a part of kernels, put in where it is called: what is constant there is constant in it."""
-    wrapped = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    return numba.njit(**_OPTIONS, **wrapped, forceinline=True)(function)
+def instruction_by_number(function: Callable[..., Any]) -> Any:
+    """Return a word one of whose arguments is part of the instruction, so it must be a constant."""
+    return intrinsic(prefer_literal=True)(function)
 
 
 def bits_of(number: float) -> int:
@@ -121,18 +110,18 @@ def _write(builder: Any, address: Any, value: Any, align: int) -> None:
 # Numbers and integers in memory.
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def integer_at(_: Any, address: Any) -> Any:
     """int64."""
     return _word(_integer, (_address,), lambda b, at: _read(b, at, _LONG, 8))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def put_integer(_: Any, address: Any, value: Any) -> Any:
     return _word(types.none, (_address, _integer), lambda b, at, value: _write(b, at, value, 8))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def claim(_: Any, address: Any) -> Any:
     """Return an integer that several threads count up, as it was before this one did."""
 
@@ -142,37 +131,37 @@ def claim(_: Any, address: Any) -> Any:
     return _word(_integer, (_address,), emit)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def number_at(_: Any, address: Any) -> Any:
     """float32."""
     return _word(_number, (_address,), lambda b, at: _read(b, at, _FLOAT, 4))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def put_number(_: Any, address: Any, value: Any) -> Any:
     return _word(types.none, (_address, _number), lambda b, at, value: _write(b, at, value, 4))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def copy_half(_: Any, to: Any, source: Any) -> Any:
     """One bfloat16."""
     half = ir.IntType(16)
     return _word(types.none, (_address, _address), lambda b, to, source: _write(b, to, _read(b, source, half, 2), 2))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def copy_pair(_: Any, to: Any, source: Any) -> Any:
     """Two bfloat16 that lie side by side, at `to` on a boundary of four bytes."""
     return _word(types.none, (_address, _address), lambda b, to, source: _write(b, to, _read(b, source, _INT, 2), 4))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def copy_sixteen(_: Any, to: Any, source: Any) -> Any:
     """Sixteen bfloat16."""
     return _word(types.none, (_address, _address), lambda b, to, source: _write(b, to, _read(b, source, _HALVES, 2), 2))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def copy_masked(_: Any, to: Any, source: Any, mask: Any) -> Any:
     """Sixteen pairs of bfloat16, of each the bits that `mask` has; its upper half is of the second."""
 
@@ -182,7 +171,7 @@ def copy_masked(_: Any, to: Any, source: Any, mask: Any) -> Any:
     return _word(types.none, (_address, _address, _integer), emit)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def prefetch(_: Any, address: Any) -> Any:
     """A hint that the 64 bytes around are wanted soon, in the second cache: the first one waits for too few at once."""
 
@@ -196,18 +185,18 @@ def prefetch(_: Any, address: Any) -> Any:
 # Sixteen at once.
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def sixteen_at(_: Any, address: Any) -> Any:
     """Of float32."""
     return _word(_sixteen, (_address,), lambda b, at: _read(b, at, _FLOATS, 4))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def put_sixteen(_: Any, address: Any, value: Any) -> Any:
     return _word(types.none, (_address, _sixteen), lambda b, at, value: _write(b, at, value, 4))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def sixteen_halves_at(_: Any, address: Any) -> Any:
     """Of bfloat16, widened."""
 
@@ -226,14 +215,14 @@ def _nearest(b: Any, value: Any) -> Any:
     return b.add(b.add(bits, _same(0x7FFF, _INTS)), odd)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def rounded(_: Any, value: Any) -> Any:
     """To the nearest bfloat16, still float32."""
     kept = _same(0xFFFF0000, _INTS)
     return _word(_sixteen, (_sixteen,), lambda b, value: b.bitcast(b.and_(_nearest(b, value), kept), _FLOATS))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def put_halves(_: Any, address: Any, value: Any) -> Any:
     """Rounded to bfloat16."""
 
@@ -243,28 +232,28 @@ def put_halves(_: Any, address: Any, value: Any) -> Any:
     return _word(types.none, (_address, _sixteen), emit)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def fill(_: Any, value: Any) -> Any:
     """The same number in every lane."""
     return _word(_sixteen, (_number,), lambda b, value: _spread(b, value, _FLOATS))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def plus(_: Any, left: Any, right: Any) -> Any:
     return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fadd(left, right))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def minus(_: Any, left: Any, right: Any) -> Any:
     return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fsub(left, right))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def times(_: Any, left: Any, right: Any) -> Any:
     return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fmul(left, right))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def over(_: Any, left: Any, right: Any) -> Any:
     return _word(_sixteen, (_sixteen, _sixteen), lambda b, left, right: b.fdiv(left, right))
 
@@ -273,7 +262,7 @@ def _fused(b: Any, left: Any, right: Any, added: Any) -> Any:
     return _call(b, "llvm.fma.v16f32", _FLOATS, left, right, added)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def fused(_: Any, left: Any, right: Any, added: Any) -> Any:
     """left · right + added, rounded once."""
     return _word(_sixteen, (_sixteen, _sixteen, _sixteen), _fused)
@@ -283,7 +272,7 @@ def _greater(b: Any, left: Any, right: Any) -> Any:
     return b.select(b.fcmp_ordered(">", left, right), left, right)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def greater(_: Any, left: Any, right: Any) -> Any:
     """The greater of two, lane by lane; the right one if either is no number."""
     return _word(_sixteen, (_sixteen, _sixteen), _greater)
@@ -297,22 +286,22 @@ def _across(b: Any, value: Any, join: Emit) -> Any:
     return b.extract_element(value, ir.Constant(_INT, 0))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def sum_of(_: Any, value: Any) -> Any:
     return _word(_number, (_sixteen,), lambda b, value: _across(b, value, lambda b, x, y: b.fadd(x, y)))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def greatest_of(_: Any, value: Any) -> Any:
     return _word(_number, (_sixteen,), lambda b, value: _across(b, value, _greater))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def first_of(_: Any, value: Any) -> Any:
     return _word(_number, (_sixteen,), lambda b, value: b.extract_element(value, ir.Constant(_INT, 0)))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def only_first(_: Any, value: Any, count: Any) -> Any:
     """Lanes from `count` on are −∞; it may be negative."""
 
@@ -346,7 +335,7 @@ _SERIES = tuple(
 _ROUNDING = 12582912.0  # 1.5 · 2²³: what is added to it is rounded to an integer, in the low bits
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def power_of_two(_: Any, exponent: Any) -> Any:
     """2 to each exponent: 1 for 0, 0 below −126 and for −∞, ∞ above 127; of what is no number, none."""
 
@@ -381,29 +370,29 @@ def _tile_word(name: str, tiles: tuple[Any, ...], others: tuple[Any, ...] = ()) 
     return _word(types.none, (*tiles, *others), emit)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@instruction_by_number
 def tile_zero(_: Any, tile: Any) -> Any:
     return _tile_word("llvm.x86.tilezero", (tile,))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@instruction_by_number
 def tile_at(_: Any, tile: Any, address: Any, stride: Any) -> Any:
     """Fill a tile from rows that begin `stride` bytes after each other."""
     return _tile_word("llvm.x86.tileloadd64", (tile,), (_address, _integer))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@instruction_by_number
 def put_tile(_: Any, tile: Any, address: Any, stride: Any) -> Any:
     return _tile_word("llvm.x86.tilestored64", (tile,), (_address, _integer))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@instruction_by_number
 def tile_product(_: Any, total: Any, left: Any, right: Any) -> Any:
     """total[m, n] += Σₖ left[m, 2k] · right[k, 2n] + left[m, 2k + 1] · right[k, 2n + 1]; `total` is float32."""
     return _tile_word("llvm.x86.tdpbf16ps", (total, left, right))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def tile_shapes(_: Any, address: Any) -> Any:
     """Take the shapes of all tiles from 64 bytes."""
     pointer = _BYTE.as_pointer()
@@ -414,7 +403,7 @@ def tile_shapes(_: Any, address: Any) -> Any:
     )
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def put_tile_shapes(_: Any, address: Any) -> Any:
     pointer = _BYTE.as_pointer()
     return _word(
@@ -424,7 +413,7 @@ def put_tile_shapes(_: Any, address: Any) -> Any:
     )
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@instruction
 def tile_release(_: Any) -> Any:
     """Have no tiles, which makes it cheaper to switch threads."""
     return _word(types.none, (), lambda b: _discard(_call(b, "llvm.x86.tilerelease", _NOTHING)))
@@ -432,3 +421,28 @@ def tile_release(_: Any) -> Any:
 
 def _discard(_: Any) -> None:
     """What an instruction without a result gives."""
+
+
+SHAPES_BYTES = 128  # of a workspace: the shapes that a kernel has, and those that the thread had before
+
+
+@part
+def take_tiles(at: int, first_bytes: int, last_bytes: int, rows: int) -> None:
+    """Have tiles of these shapes: bytes of a row of tiles 0 … 3 and 4 … 7, 16 bits each; rows of all, 8 bits each."""
+    put_tile_shapes(at + 64)
+    for word in range(0, 64, 8):
+        put_integer(at + word, 0)
+    put_integer(at, 1)  # the palette
+    put_integer(at + 16, first_bytes)
+    put_integer(at + 24, last_bytes)
+    put_integer(at + 48, rows)
+    tile_shapes(at)
+
+
+@part
+def give_tiles_back(at: int) -> None:
+    """What a library in this thread had set stands again."""
+    if integer_at(at + 64) & 0xFF:
+        tile_shapes(at + 64)
+    else:
+        tile_release()

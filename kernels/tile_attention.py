@@ -27,14 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled, part
 from kernels.lanes import (
+    SHAPES_BYTES,
     bits_of,
     claim,
-    compiled,
     copy_masked,
     copy_sixteen,
     fill,
     first_of,
+    give_tiles_back,
     greater,
     greatest_of,
     has_tiles,
@@ -43,7 +45,6 @@ from kernels.lanes import (
     number_at,
     only_first,
     over,
-    part,
     plus,
     power_of_two,
     prefetch,
@@ -52,14 +53,12 @@ from kernels.lanes import (
     put_number,
     put_sixteen,
     put_tile,
-    put_tile_shapes,
     rounded,
     sixteen_at,
     sum_of,
+    take_tiles,
     tile_at,
     tile_product,
-    tile_release,
-    tile_shapes,
     tile_zero,
     times,
 )
@@ -77,11 +76,14 @@ _SEEN = 0  # int64 of each row: how many keys it sees in all
 _MAXIMA = _SEEN + ROWS * 8
 _TOTALS = _MAXIMA + ROWS * 4
 _SHAPES = _TOTALS + ROWS * 4
-_SHAPES_BEFORE = _SHAPES + 64
-_SCORES = _SHAPES_BEFORE + 64
+_SCORES = _SHAPES + SHAPES_BYTES
 _WEIGHTS = _SCORES + ROWS * KEYS * 4
 _QUERIES = _WEIGHTS + ROWS * KEYS * 2  # D bfloat16 a row; then _sums, _added: D float32 a row; _tail: a page
 _ALIGN = 64
+# Four tiles for sums, then the left and the right side of a product of depth 32, and of depth 16.
+_SUM_BYTES = 64 << 48 | 64 << 32 | 64 << 16 | 64
+_SIDE_BYTES = 64 << 48 | 32 << 32 | 64 << 16 | 64
+_TILE_ROWS = 8 << 56 | 16 << 48 | 16 << 40 | 16 << 32 | 16 << 24 | 16 << 16 | 16 << 8 | 16
 _NOTHING_YET = np.float32(-np.inf)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]  # as `tile_attention`
 _ZERO = np.float32(0)
@@ -164,13 +166,13 @@ def _kernel(size: int) -> int:
     def attend(data: int) -> None:
         items, together, tokens = integer_at(data + 16), integer_at(data + 24), integer_at(data + 104)
         at = integer_at(data + 32) + claim(data + COME) * space
-        _take_tiles(at)
+        take_tiles(at + _SHAPES, _SUM_BYTES, _SIDE_BYTES, _TILE_ROWS)
         item = claim(data + TAKEN)
         while item < items:
             first = (items - 1 - item) * together  # the last tokens of a prompt see the most
             _attend(at, data, first, min(first + together, tokens), size)
             item = claim(data + TAKEN)
-        _give_tiles_back(at)
+        give_tiles_back(at + _SHAPES)
 
     return compiled(attend)
 
@@ -204,29 +206,6 @@ def _attend(at: int, data: int, first: int, last: int, size: int) -> None:
                     heads, block, size, scale,
                 )  # fmt: skip
         begin = end
-
-
-@part
-def _take_tiles(at: int) -> None:
-    """Have four tiles for sums, then the left and the right side of a product of depth 32, and of depth 16."""
-    put_tile_shapes(at + _SHAPES_BEFORE)
-    shapes = at + _SHAPES
-    for word in range(0, 64, 8):
-        put_integer(shapes + word, 0)
-    put_integer(shapes, 1)  # the palette
-    put_integer(shapes + 16, 64 << 48 | 64 << 32 | 64 << 16 | 64)  # bytes of a row, of tiles 0 … 3
-    put_integer(shapes + 24, 64 << 48 | 32 << 32 | 64 << 16 | 64)
-    put_integer(shapes + 48, 8 << 56 | 16 << 48 | 16 << 40 | 16 << 32 | 16 << 24 | 16 << 16 | 16 << 8 | 16)  # rows
-    tile_shapes(shapes)
-
-
-@part
-def _give_tiles_back(at: int) -> None:
-    """What a library in this thread had set stands again."""
-    if integer_at(at + _SHAPES_BEFORE) & 0xFF:
-        tile_shapes(at + _SHAPES_BEFORE)
-    else:
-        tile_release()
 
 
 @part

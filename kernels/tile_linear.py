@@ -30,28 +30,27 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled, part
 from kernels.lane_silu_mul import lane_silu_mul, silu_times
 from kernels.lanes import (
+    SHAPES_BYTES,
     claim,
-    compiled,
     copy_half,
     copy_sixteen,
+    give_tiles_back,
     has_tiles,
     integer_at,
-    part,
     plus,
     prefetch,
     put_halves,
     put_integer,
     put_tile,
-    put_tile_shapes,
     rounded,
     sixteen_at,
     sixteen_halves_at,
+    take_tiles,
     tile_at,
     tile_product,
-    tile_release,
-    tile_shapes,
     tile_zero,
 )
 from kernels.shape import ShapeError, check_layout, check_product
@@ -66,9 +65,11 @@ HELD = 1 << 20  # bytes of `x` laid out at a time, about: the second cache keeps
 LINE = 64  # bytes of a cache's line
 
 # A thread's workspace, in bytes from its beginning.
+# Eight whole tiles.
+_TILE_BYTES = 64 << 48 | 64 << 32 | 64 << 16 | 64  # of a row, of four
+_TILE_ROWS = 16 << 56 | 16 << 48 | 16 << 40 | 16 << 32 | 16 << 24 | 16 << 16 | 16 << 8 | 16
 _SHAPES = 0
-_SHAPES_BEFORE = _SHAPES + 64
-_BIAS = _SHAPES_BEFORE + 64  # of a panel that is not full: 32 bfloat16
+_BIAS = _SHAPES + SHAPES_BYTES  # of a panel that is not full: 32 bfloat16
 _ROW = _BIAS + 64  # of such a one's result
 _SUMS = _ROW + 64  # 32 rows of 32 float32; of a gate, then, as many of what it opens for
 _SUMS_BYTES = PAIR * PANEL * 4
@@ -177,7 +178,7 @@ def _multiply(data: int) -> None:
     most, together = integer_at(data + _AT_A_TIME), integer_at(data + _TOGETHER)
     chunks, panels = (depth + DEPTH - 1) // DEPTH, (width + PANEL - 1) // PANEL
     parts, next_row = (panels + together - 1) // together, 0
-    _take_tiles(at)
+    take_tiles(at + _SHAPES, _TILE_BYTES, _TILE_BYTES, _TILE_ROWS)
     item = claim(data + TAKEN)
     while item < integer_at(data + _ITEMS):
         first, begin = item // parts * most, item % parts * together
@@ -188,30 +189,7 @@ def _multiply(data: int) -> None:
         for panel in range(begin, min(begin + together, panels)):
             _multiply_panel(at, data, panel, first, count, chunks)
         item = claim(data + TAKEN)
-    _give_tiles_back(at)
-
-
-@part
-def _take_tiles(at: int) -> None:
-    """Have eight whole tiles."""
-    put_tile_shapes(at + _SHAPES_BEFORE)
-    shapes = at + _SHAPES
-    for word in range(0, 64, 8):
-        put_integer(shapes + word, 0)
-    put_integer(shapes, 1)  # the palette
-    put_integer(shapes + 16, 64 << 48 | 64 << 32 | 64 << 16 | 64)  # bytes of a row, of tiles 0 … 3
-    put_integer(shapes + 24, 64 << 48 | 64 << 32 | 64 << 16 | 64)
-    put_integer(shapes + 48, 16 << 56 | 16 << 48 | 16 << 40 | 16 << 32 | 16 << 24 | 16 << 16 | 16 << 8 | 16)  # rows
-    tile_shapes(shapes)
-
-
-@part
-def _give_tiles_back(at: int) -> None:
-    """What a library in this thread had set stands again."""
-    if integer_at(at + _SHAPES_BEFORE) & 0xFF:
-        tile_shapes(at + _SHAPES_BEFORE)
-    else:
-        tile_release()
+    give_tiles_back(at + _SHAPES)
 
 
 @part

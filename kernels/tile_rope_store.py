@@ -11,19 +11,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.compilation import compiled, part
 from kernels.lane_rms_norm import norm_row
 from kernels.lanes import (
     LANES,
     bits_of,
     claim,
-    compiled,
     copy_half,
     copy_pair,
     copy_sixteen,
     integer_at,
     minus,
     number_at,
-    part,
     plus,
     put_halves,
     put_number,

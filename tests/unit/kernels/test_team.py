@@ -11,7 +11,8 @@ from kernels.team import COME, TAKEN, run, shares, threads_for
 
 pytest.importorskip("numba")
 
-from kernels.lanes import claim, compiled, integer_at, put_integer
+from kernels.compilation import compiled
+from kernels.lanes import claim, integer_at, put_integer
 
 
 def _mark(data: int) -> None:
