@@ -172,6 +172,11 @@ class TokenDelta:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()  # with the first token: of every token of the prompt but the first
     embedding: bytes | None = None  # [hidden size] float32, little-endian
 
+    def __reduce__(self) -> tuple[type[TokenDelta], tuple[object, ...]]:
+        """As `core.Emission`'s."""
+        others = (self.logprobs, self.finish_reason, self.stats, self.prompt_logprobs, self.embedding)
+        return TokenDelta, (self.text, self.tokens, *others)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
