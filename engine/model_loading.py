@@ -169,7 +169,7 @@ def _native(reading: Reading, config: DecoderConfig, most_rows: int, compiled: b
     linears = choose_linears(config, most_rows, products_here(compiled))
     weights = load_parameters(reading, parameter_shapes(config))
     linear = LinearByShape(linears)
-    found = compiled_arithmetic(config) if compiled else None
+    found = compiled_arithmetic(config, linears.values()) if compiled else None
     arithmetic = (found or CpuArithmetic)(linear, SEGMENTS[segment], linear.pack, linear.gated)
     decoder = Decoder(config, HandedOver(weights.tensors), arithmetic)
     uses = found is not None or not set(linears.values()).isdisjoint(compiled_products())

@@ -216,6 +216,7 @@ ARITHMETIC = frozenset(
         "plan.py",
         "pooling.py",
         "products.py",
+        "repeated_pass.py",
         "rope_table.py",
         "rows.py",
         "sampler.py",

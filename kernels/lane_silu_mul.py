@@ -57,7 +57,7 @@ def lane_silu_mul(
     out = gate_up.new_empty(rows, width)
     together = shares(rows, -(-_LEAST // width))
     items = -(-rows // together)
-    run(_kernel(), threads_for(items), items, together, gate_up.data_ptr(), out.data_ptr(), rows, width)
+    run(_kernel(), threads_for(items), items, together, gate_up, out, rows, width)
     return out
 
 

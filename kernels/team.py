@@ -10,6 +10,9 @@ brought no such library, the calling thread does all of it. No thread needs the 
 
     arguments   int64: items taken, threads come, then what the kernel was given
 
+Within `recorded`, kernels are not run but written down, to be run one behind the other, as often as wanted: as with a
+GPU's graphs, a step of few tokens, which is many short kernels, does not wait for Python between any two of them.
+
 Source: libgomp, `GOMP_parallel`; OpenMP 4.5.
 """
 
@@ -17,12 +20,15 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 TAKEN, COME, GIVEN = 0, 8, 16  # bytes into the arguments
 
@@ -52,10 +58,71 @@ def threads_for(items: int) -> int:
     return 1 if _start() is None else max(1, min(torch.get_num_threads(), items))
 
 
-def run(kernel: int, threads: int, *arguments: int) -> None:
-    """Return once `kernel`, the address of a compiled function of one int64, has run in so many threads."""
-    given = array("q", (0, 0, *arguments))
-    address, _ = given.buffer_info()
+# A kernel, threads, arguments, and what they are addresses of.
+_Launch = tuple[int, int, "array[int]", tuple[object, ...]]
+
+
+class Recording:
+    """Kernels in the order they were asked for, and the tensors that they read and write."""
+
+    def __init__(self) -> None:
+        self._launches: list[_Launch] = []
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def add(self, launch: _Launch) -> None:
+        self._launches.append(launch)
+
+    def scratch(self, size: int) -> Tensor:
+        """Return what any number of kernels may have, one after the other."""
+        if size > len(self._scratch):
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch
+
+    def run(self, between: Callable[[], None], every: int) -> None:
+        """Run all, and call `between` before each `every` kernels; what it raises ends the run."""
+        for number, launch in enumerate(self._launches):
+            if number % every == 0:
+                between()
+            _run(launch)
+
+
+_recording: ContextVar[Recording | None] = ContextVar("_recording", default=None)
+
+
+def run(kernel: int, threads: int, *given: Tensor | int | None) -> None:
+    """Run `kernel`, the address of a compiled function of one int64, in so many threads; return when it has run.
+
+    It is given addresses, of a tensor that of its first number, of None zero.
+    """
+    numbers = [one.data_ptr() if isinstance(one, Tensor) else one or 0 for one in given]
+    launch, recording = (kernel, threads, array("q", (0, 0, *numbers)), given), _recording.get()
+    if recording is None:
+        _run(launch)
+    else:
+        recording.add(launch)
+
+
+def scratch(size: int) -> Tensor:
+    """Return so many bytes, uint8, for one kernel that is run now, or for those of a recording."""
+    recording = _recording.get()
+    return torch.empty(size, dtype=torch.uint8) if recording is None else recording.scratch(size)
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Write down what this thread runs within. Nothing but kernels may read there what kernels write."""
+    recording = Recording()
+    token = _recording.set(recording)
+    try:
+        yield recording
+    finally:
+        _recording.reset(token)
+
+
+def _run(launch: _Launch) -> None:
+    kernel, threads, arguments, _ = launch
+    arguments[0] = arguments[1] = 0
+    address, _ = arguments.buffer_info()
     start = _start()
     if threads > 1 and start is not None:
         start(kernel, address, threads, 0)

@@ -64,7 +64,7 @@ from kernels.lanes import (
 )
 from kernels.paged_attention import paged_attention_reference
 from kernels.shape import ShapeError, check_layout, check_shape
-from kernels.team import COME, TAKEN, run, threads_for
+from kernels.team import COME, TAKEN, run, scratch, threads_for
 
 PAGE = 16  # tokens of a block
 ROWS = 16  # of a tile
@@ -79,7 +79,6 @@ _SHAPES = _TOTALS + ROWS * 4
 _SCORES = _SHAPES + SHAPES_BYTES
 _WEIGHTS = _SCORES + ROWS * KEYS * 4
 _QUERIES = _WEIGHTS + ROWS * KEYS * 2  # D bfloat16 a row; then _sums, _added: D float32 a row; _tail: a page
-_ALIGN = 64
 # Four tiles for sums, then the left and the right side of a product of depth 32, and of depth 16.
 _SUM_BYTES = 64 << 48 | 64 << 32 | 64 << 16 | 64
 _SIDE_BYTES = 64 << 48 | 32 << 32 | 64 << 16 | 64
@@ -128,21 +127,21 @@ def tile_attention(
     together = max(1, min(ROWS, tokens // ROWS))  # tokens of an item
     items = -(-tokens // together)
     threads = threads_for(items)
-    space = torch.empty(threads * _space(size) + _ALIGN, dtype=torch.uint8)
+    space = scratch(threads * _space(size))
     run(
         _kernel(size),
         threads,
         items,
         together,
-        -(-space.data_ptr() // _ALIGN) * _ALIGN,
-        query.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
-        out.data_ptr(),
-        block_table.data_ptr(),
+        space,
+        query,
+        key_cache,
+        value_cache,
+        out,
+        block_table,
         block_table.shape[1],
-        sequence_of.data_ptr(),
-        position_of.data_ptr(),
+        sequence_of,
+        position_of,
         tokens,
         heads,
         groups,

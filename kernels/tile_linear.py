@@ -54,7 +54,7 @@ from kernels.lanes import (
     tile_zero,
 )
 from kernels.shape import ShapeError, check_layout, check_product
-from kernels.team import COME, GIVEN, TAKEN, run, shares, threads_for
+from kernels.team import COME, GIVEN, TAKEN, run, scratch, shares, threads_for
 
 ROWS = 16  # of a tile
 DEPTH = 32  # numbers of K in a row of a tile
@@ -139,19 +139,19 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, gated: bool
     row_bytes, panels = -(-depth // DEPTH) * LINE, -(-width // PANEL)
     most = min(max(PAIR, HELD // row_bytes // PAIR * PAIR), -(-rows // PAIR) * PAIR)
     size, threads, together = _LAID_OUT + most * row_bytes, threads_for(panels), shares(panels, 1)
-    space = torch.empty(threads * size + LINE, dtype=torch.uint8)
+    space = scratch(threads * size)
     out = torch.empty(rows, width, dtype=torch.bfloat16)
     run(
         _kernel(),
         threads,
         -(-rows // most) * -(-panels // together),
         together,
-        -(-space.data_ptr() // LINE) * LINE,
+        space,
         size,
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
+        x,
+        weight,
+        bias,
+        out,
         rows,
         width,
         depth,

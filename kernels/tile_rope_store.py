@@ -32,7 +32,7 @@ from kernels.lanes import (
 )
 from kernels.rope_store import HeadNorm, rope, store_kv
 from kernels.shape import ShapeError, check_layout, check_shape
-from kernels.team import COME, TAKEN, run, shares, threads_for
+from kernels.team import COME, TAKEN, run, scratch, shares, threads_for
 from kernels.tile_attention import PAGE, as_tiles
 
 _LEAST = 1 << 14  # numbers that are worth another thread
@@ -64,33 +64,31 @@ def tile_rope_store(
         check_layout(name, angles, torch.float32)
     for name, tensor in (("qkv", qkv), ("key_cache", key_cache), ("value_cache", value_cache)):
         check_layout(name, tensor, torch.bfloat16)
-    query_norm, key_norm, epsilon = 0, 0, 0.0
     if norm is not None:
         for name, weight in (("norm.query", norm.query), ("norm.key", norm.key)):
             check_shape(name, weight, size)
             check_layout(name, weight, torch.bfloat16)
-        query_norm, key_norm, epsilon = norm.query.data_ptr(), norm.key.data_ptr(), norm.epsilon
     query = qkv.new_empty(tokens, heads, size)
     together = shares(tokens, -(-_LEAST // qkv.shape[1]))
     items = -(-tokens // together)
     threads = threads_for(items)
-    space = torch.empty(threads * 4 * _bytes(size), dtype=torch.uint8)
+    space = scratch(threads * 4 * _bytes(size))
     run(
         _kernel(size),
         threads,
         items,
         together,
-        space.data_ptr(),
-        qkv.data_ptr(),
-        query_norm,
-        key_norm,
-        bits_of(epsilon),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        slots.data_ptr(),
-        query.data_ptr(),
-        key_cache.data_ptr(),
-        value_cache.data_ptr(),
+        space,
+        qkv,
+        None if norm is None else norm.query,
+        None if norm is None else norm.key,
+        bits_of(0.0 if norm is None else norm.epsilon),
+        cos,
+        sin,
+        slots,
+        query,
+        key_cache,
+        value_cache,
         tokens,
         heads,
         groups,

@@ -10,7 +10,7 @@ there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -34,7 +34,7 @@ class Passing(Protocol):
 
 
 Inputs = TypeVar("Inputs", bound=Passing)
-Taken = TypeVar("Taken", bound=Passing, contravariant=True)  # the inputs that an arithmetic takes
+Taken = TypeVar("Taken", bound=Passing, contravariant=True)  # the inputs that a model takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,19 @@ class Rotation:
     sin: Tensor
 
 
-class Arithmetic(Protocol[Taken]):
+class Arithmetic(Protocol[Inputs]):
     """Every row's result depends on that row alone, in its bits, whatever is computed beside it."""
+
+    def through(
+        self,
+        layers: Callable[[Inputs, Rotation, Tensor, Sequence[KVCache]], Tensor],
+        inputs: Inputs,
+        rotation: Rotation,
+        embedded: Tensor,  # [T, H]
+        caches: Sequence[KVCache],
+    ) -> Tensor:  # [T, H]
+        """Return what the layers make of a step. What they launch for one may be launched for others of its shape."""
+        ...
 
     def hold(self, tensor: Tensor) -> Tensor:
         """Return a parameter where it is computed with."""
@@ -91,21 +102,21 @@ class Arithmetic(Protocol[Taken]):
         """Return x·weightᵀ; `weight` is laid out."""
         ...
 
-    def product(self, inputs: Taken, product: LayerProduct, x: Tensor) -> Tensor:
+    def product(self, inputs: Inputs, product: LayerProduct, x: Tensor) -> Tensor:
         """Return x·weightᵀ + bias, and of adapted rows what their adapter adds."""
         ...
 
-    def gated_product(self, inputs: Taken, product: LayerProduct, x: Tensor) -> Tensor:
+    def gated_product(self, inputs: Inputs, product: LayerProduct, x: Tensor) -> Tensor:
         """Return silu(gate) · up, the halves of `product`."""
         ...
 
-    def rotation(self, inputs: Taken, every: Rotation) -> Rotation:
+    def rotation(self, inputs: Inputs, every: Rotation) -> Rotation:
         """Return, once for all layers, what `rotate_and_store` wants of the rotation of every position."""
         ...
 
     def rotate_and_store(
         self,
-        inputs: Taken,
+        inputs: Inputs,
         fused: Tensor,  # [T, (H + 2G) · D]  the heads of the query, of the key, of the value
         norm: HeadNorm | None,
         rotation: Rotation,
@@ -114,6 +125,6 @@ class Arithmetic(Protocol[Taken]):
         """Return the query, normed and rotated; the key, treated alike, and the value are in the step's slots then."""
         ...
 
-    def attention(self, inputs: Taken, query: Tensor, cache: KVCache, scale: float) -> Tensor:
+    def attention(self, inputs: Inputs, query: Tensor, cache: KVCache, scale: float) -> Tensor:
         """Return the attention [T, H, D] of each token over its own sequence up to itself."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from typing import NamedTuple
 
@@ -11,13 +11,18 @@ from engine.models.decoder import DecoderConfig
 from kernels.linear import Linear, Pack
 
 
-def compiled_arithmetic(config: DecoderConfig) -> type[CpuArithmetic] | None:
-    """Return the compiled arithmetic, or None where there is no numba, or no AMX, or it does not serve the model."""
+def compiled_arithmetic(config: DecoderConfig, products: Collection[str]) -> type[CpuArithmetic] | None:
+    """Return the compiled arithmetic for a model whose products were chosen by these names.
+
+    None where there is no numba, or no AMX, or it does not serve the model.
+    """
     try:
-        from engine.models.compiled_arithmetic import CompiledArithmetic, serves
+        from engine.models.compiled_arithmetic import CompiledArithmetic, CompiledThroughout, serves
     except ImportError:
         return None
-    return CompiledArithmetic if serves(config) else None
+    if not serves(config):
+        return None
+    return CompiledThroughout if compiled_products().keys() >= set(products) else CompiledArithmetic
 
 
 class CompiledProduct(NamedTuple):

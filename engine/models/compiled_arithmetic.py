@@ -6,14 +6,19 @@ cpu_arithmetic.py's, too. Imported only where numba is; see compiled.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from engine.models.arithmetic import KVCache, LayerProduct, Rotation
-from engine.models.cpu_arithmetic import CpuArithmetic, StepInputs
+from engine.models.cpu_arithmetic import CpuArithmetic, Gated, StepInputs
 from engine.models.decoder import DecoderConfig
+from engine.models.repeated_pass import MOST_TOKENS, Layers, RepeatedPasses
 from kernels import lane_rms_norm, lane_silu_mul, tile_attention, tile_rope_store
 from kernels.lanes import has_tiles
+from kernels.linear import Linear, Pack
+from kernels.paged_attention import Segment
 from kernels.rope_store import HeadNorm
 
 
@@ -45,6 +50,22 @@ class CompiledArithmetic(CpuArithmetic):
         return tile_attention.tile_attention(
             query, cache.key, cache.value, inputs.block_table, inputs.sequences, inputs.positions, scale
         )
+
+
+class CompiledThroughout(CompiledArithmetic):
+    """Whose products are compiled, too: where no adapter is used, only kernels read what kernels compute."""
+
+    def __init__(self, linear: Linear, segment: Segment, pack: Pack, gated: Gated) -> None:
+        super().__init__(linear, segment, pack, gated)
+        self._passes = RepeatedPasses()
+
+    def through(
+        self, layers: Layers, inputs: StepInputs, rotation: Rotation, embedded: Tensor, caches: Sequence[KVCache]
+    ) -> Tensor:
+        few = len(inputs.tokens) <= MOST_TOKENS
+        if few and not inputs.adapted and caches[0].key.dtype == torch.bfloat16:
+            return self._passes.run(layers, inputs, rotation, embedded, caches)
+        return layers(inputs, rotation, embedded, caches)
 
 
 def serves(config: DecoderConfig) -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +88,16 @@ class CpuArithmetic:
         self._segment = segment
         self._pack = pack
         self._gated = gated
+
+    def through(
+        self,
+        layers: Callable[[StepInputs, Rotation, Tensor, Sequence[KVCache]], Tensor],
+        inputs: StepInputs,
+        rotation: Rotation,
+        embedded: Tensor,
+        caches: Sequence[KVCache],
+    ) -> Tensor:
+        return layers(inputs, rotation, embedded, caches)
 
     def hold(self, tensor: Tensor) -> Tensor:
         return tensor

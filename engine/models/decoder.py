@@ -11,7 +11,7 @@ that are its own; the logits have none. What all of it is computed with, and whe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -213,9 +213,14 @@ class Decoder(Generic[Inputs]):
 
     def hidden(self, inputs: Inputs, caches: list[KVCache]) -> Tensor:
         """Return the hidden states, [T, H]; keys and values are stored on the way."""
+        rotation = self._arithmetic.rotation(inputs, self._rotation)
+        embedded = F.embedding(inputs.tokens, self._embedding)
+        return self._arithmetic.through(self._through_layers, inputs, rotation, embedded, caches)
+
+    def _through_layers(
+        self, inputs: Inputs, rotation: Rotation, residual: Tensor, caches: Sequence[KVCache]
+    ) -> Tensor:
         compute, epsilon = self._arithmetic, self.config.rms_norm_eps
-        rotation = compute.rotation(inputs, self._rotation)
-        residual = F.embedding(inputs.tokens, self._embedding)
         normed = compute.norm(residual, self._layers[0].input_norm, epsilon)
         for index, layer in enumerate(self._layers):
             inputs.give_way()

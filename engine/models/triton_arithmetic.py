@@ -12,7 +12,7 @@ asked any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,16 @@ class TritonArithmetic:
         self.device = device
         self.decodes_apart = decodes_apart
         self._products = {shape: PRODUCTS[name] for shape, name in products.items()}
+
+    def through(
+        self,
+        layers: Callable[[DeviceInputs, Rotation, Tensor, Sequence[KVCache]], Tensor],
+        inputs: DeviceInputs,
+        rotation: Rotation,
+        embedded: Tensor,
+        caches: Sequence[KVCache],
+    ) -> Tensor:
+        return layers(inputs, rotation, embedded, caches)
 
     def hold(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device).contiguous()

@@ -36,14 +36,14 @@ where_served = pytest.mark.skipif(not served, reason="no numba, or this CPU has 
 
 @where_served
 def test_a_model_whose_sizes_fit_is_computed_by_them() -> None:
-    found = compiled_arithmetic(CONFIG)
+    found = compiled_arithmetic(CONFIG, ["tiles"])
     assert found is not None
     assert issubclass(found, CpuArithmetic)
 
 
 @pytest.mark.parametrize("change", [{"head_dim": 10}, {"head_dim": 272}, {"hidden_size": 72}, {"intermediate_size": 8}])
 def test_a_model_of_another_size_is_computed_without(change: dict[str, int]) -> None:
-    assert compiled_arithmetic(replace(CONFIG, **change)) is None  # type: ignore[arg-type]
+    assert compiled_arithmetic(replace(CONFIG, **change), ["tiles"]) is None  # type: ignore[arg-type]
 
 
 def test_without_numba_everything_is_as_it_was() -> None:
@@ -52,7 +52,7 @@ def test_without_numba_everything_is_as_it_was() -> None:
         "import engine.model_loading\n"
         "from engine.models.compiled import compiled_arithmetic\n"
         "from tests.support.device_engine import SMALL, config_of\n"
-        "print(compiled_arithmetic(config_of('llama', SMALL)), 'kernels.lanes' in sys.modules)"
+        "print(compiled_arithmetic(config_of('llama', SMALL), []), 'kernels.lanes' in sys.modules)"
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.split() == ["None", "False"]
