@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from kernels.float8 import FLOAT8, check_caches, widened
-from kernels.jit import Block, Pointer, jit, narrow, product, tl
+from kernels.jit import INTERPRETED, Block, Pointer, jit, narrow, product, tl
+from kernels.launch import Launch, device_of, launch_for, power_of_two
 from kernels.shape import ShapeError, check_shape
 
 TILE = 64  # keys of a product
@@ -152,9 +153,12 @@ def in_powers_of_two(scale: float, variant: AttentionVariant) -> tuple[float, fl
     return scale / variant.soft_cap, variant.soft_cap * LOG2_E
 
 
-def launched_as(operation: str, key_cache: Tensor) -> str:
-    """Return the name under which the launch table knows an operation on such a cache."""
-    return f"{operation}_float8" if key_cache.dtype == FLOAT8 else operation
+def launched(operation: str, query: Tensor, key_cache: Tensor) -> tuple[Launch, dict[str, int]]:
+    """Return how an operation is launched on such a cache, and the constants that all kernels of attention take."""
+    (_, heads, size), (_, _, groups, _) = query.shape, key_cache.shape
+    name = f"{operation}_float8" if key_cache.dtype == FLOAT8 else operation
+    layout = {"GROUPS": groups, "RATIO": heads // groups, "SIZE": size, "BLOCK_D": power_of_two(size)}
+    return launch_for(name, size, device_of(query)), layout | {"SEGMENT": SEGMENT, "PLAIN": INTERPRETED}
 
 
 def check_attention(

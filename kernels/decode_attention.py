@@ -24,11 +24,11 @@ from kernels.attention_state import (
     attention_reference,
     check_attention,
     in_powers_of_two,
-    launched_as,
+    launched,
     merge_state,
     segment_state,
 )
-from kernels.jit import INTERPRETED, Block, Pointer, Scalar, jit, narrow, tl
+from kernels.jit import Block, Pointer, Scalar, jit, narrow, tl
 from kernels.launch import device_of, launch_for, power_of_two
 from kernels.shape import check_layout, check_shape
 
@@ -81,9 +81,7 @@ def decode_attention_triton(
     segments = -(-width * page // SEGMENT)
     states = query.new_empty(sequences, groups, segments, heads // groups, size + 2, dtype=torch.float32)
     out, (exponent, soft_cap) = torch.empty_like(query), in_powers_of_two(scale, variant)
-    launch = launch_for(launched_as("decode_attention", key_cache), size, device_of(query))
-    shape = {"GROUPS": groups, "RATIO": heads // groups, "SIZE": size, "BLOCK_D": power_of_two(size)}
-    shape |= {"SEGMENT": SEGMENT, "PLAIN": INTERPRETED}
+    launch, layout = launched("decode_attention", query, key_cache)
     if arrived is not None:
         check_shape("arrived", arrived, max(sequences, arrived.shape[0]), groups)
         check_layout("arrived", arrived, torch.int32)
@@ -107,7 +105,7 @@ def decode_attention_triton(
         PAGE=page,
         TILE=TILE,
         BLOCK_M=launch.block_m,
-        **shape,
+        **layout,
         **launch.options,
     )
     if arrived is not None:
@@ -120,7 +118,7 @@ def decode_attention_triton(
         variant.window,
         segments,
         BLOCK_R=power_of_two(heads // groups, least=1),
-        **shape,
+        **layout,
         **launch_for("merge_attention", size, device_of(query)).options,
     )
     return out

@@ -15,19 +15,17 @@ from torch import Tensor
 
 from kernels.attention_state import (
     FULL,
-    SEGMENT,
     TILE,
     AttentionVariant,
     attended,
     attention_reference,
     check_attention,
     in_powers_of_two,
-    launched_as,
+    launched,
     merge_state,
     segment_state,
 )
-from kernels.jit import INTERPRETED, Block, Pointer, Scalar, jit, narrow, tl
-from kernels.launch import device_of, launch_for, power_of_two
+from kernels.jit import Block, Pointer, Scalar, jit, narrow, tl
 from kernels.shape import check_shape
 
 
@@ -68,15 +66,15 @@ def prefill_attention_triton(
     variant: AttentionVariant,
 ) -> Tensor:
     """Return `prefill_attention` by the kernel."""
-    (tokens, heads, size), (_, page, groups, _) = query.shape, key_cache.shape
+    tokens, (page, groups) = query.shape[0], key_cache.shape[1:3]
     sequences, width = block_table.shape
     out, (exponent, soft_cap) = torch.empty_like(query), in_powers_of_two(scale, variant)
-    launch = launch_for(launched_as("prefill_attention", key_cache), size, device_of(query))
+    launch, layout = launched("prefill_attention", query, key_cache)
     if out.numel() == 0:
         return out
-    tiles = tokens // (launch.block_m // (heads // groups)) + sequences
-    block = power_of_two(size)
-    _prefill_kernel[(tiles, groups, max(1, block // launch.block_n))](
+    tiles = tokens // (launch.block_m // layout["RATIO"]) + sequences
+    columns = min(layout["BLOCK_D"], launch.block_n)
+    _prefill_kernel[(tiles, groups, layout["BLOCK_D"] // columns)](
         query,
         key_cache,
         value_cache,
@@ -90,16 +88,11 @@ def prefill_attention_triton(
         soft_cap,
         sequences,
         width,
-        GROUPS=groups,
-        RATIO=heads // groups,
         PAGE=page,
-        SIZE=size,
-        BLOCK_D=block,
-        BLOCK_V=min(block, launch.block_n),
+        BLOCK_V=columns,
         BLOCK_M=launch.block_m,
         TILE=TILE,
-        SEGMENT=SEGMENT,
-        PLAIN=INTERPRETED,
+        **layout,
         **launch.options,
     )
     return out

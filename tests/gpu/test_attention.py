@@ -11,7 +11,7 @@ import torch
 from kernels.attention_state import AttentionVariant
 from kernels.jit import INTERPRETED
 from kernels.shape import ShapeError
-from tests.support.batches import parts
+from tests.support.batches import DTYPE, MOST_ROWS, assert_rows_are_their_own
 from tests.support.paged_world import PagedWorld
 
 BFLOAT16, FLOAT16 = torch.bfloat16, torch.float16
@@ -149,18 +149,41 @@ def test_counters_of_another_kind_are_refused(device: torch.device, generator: t
             world.decode([(0, 4), (1, 6)], arrived.to(device))
 
 
-def test_many_sequences_change_no_bit_of_one(device: torch.device, most_rows: int, generator: torch.Generator) -> None:
-    rows = most_rows
-    lengths = [1 + 53 * index % 300 for index in range(rows)]
-    world = PagedWorld(lengths, (4, 2, 64), BFLOAT16, device, generator)
-    together = world.decode([(index, length - 1) for index, length in enumerate(lengths)])
-    mixed = world.prefill([(index, length - 1, length) for index, length in enumerate(lengths)])
-    assert torch.equal(mixed, together)
-    asked = [(index, length - 1) for index, length in enumerate(lengths)]
-    for part in () if INTERPRETED else parts(rows):
-        assert torch.equal(world.decode(asked[part]), together[part])
-    for index in range(0, rows, 5 if INTERPRETED else 41):
-        assert torch.equal(world.decode([(index, lengths[index] - 1)])[0], together[index])
+def test_many_sequences_change_no_bit_of_one(device: torch.device, generator: torch.Generator) -> None:
+    """In the interpreter their contexts are short but for some, and beyond 260 most rows are padding."""
+    lengths = [300, 257, 256, 70, 20] if INTERPRETED else [1 + 53 * index % 300 for index in range(MOST_ROWS)]
+    layout = (2, 1, 10) if INTERPRETED else (4, 2, 64)
+    world = PagedWorld(lengths, layout, DTYPE, device, generator)
+
+    def context(row: int) -> int:
+        if not INTERPRETED:
+            return lengths[row]
+        if row > 260 and row % 128 not in (0, 127):
+            return 0
+        return lengths[row % 5] if row % 37 == 0 else 1 + row % 20
+
+    asked = [(row % len(lengths), context(row) - 1) for row in range(MOST_ROWS)]
+    assert_rows_are_their_own(lambda part: [world.decode(asked[part])])
+    some = asked[: 40 if INTERPRETED else MOST_ROWS]
+    together = world.prefill([(index, position, position + 1) for index, position in some])
+    assert torch.equal(together, world.decode(some))
+
+
+def test_prompts_of_many_rows_have_the_bits_of_their_chunks_and_of_decode_whatever_stands_beside_them(
+    device: torch.device, generator: torch.Generator
+) -> None:
+    lengths, layout = [MOST_ROWS, 255, 256, 257], (1, 1, 10) if INTERPRETED else (8, 2, 128)
+    world = PagedWorld(lengths, layout, DTYPE, device, generator)
+    whole = [world.prefill([(index, 0, length)]) for index, length in enumerate(lengths)]
+    every = [(index, 0, length) for index, length in enumerate(lengths)]
+    assert torch.equal(world.prefill([*every[1:], every[0]]), torch.cat([*whole[1:], whole[0]]))
+    for chunk in (257,) if INTERPRETED else (255, 256, 257):
+        pieces = [(0, *piece) for piece in itertools.pairwise([*range(0, MOST_ROWS, chunk), MOST_ROWS])]
+        assert torch.equal(world.prefill([every[1], *pieces, every[3]]), torch.cat([whole[1], whole[0], whole[3]]))
+    for index, length in enumerate(lengths):
+        edges = {edge + side for edge in (1, 16, 64, 128, 256, 512, length) for side in (-1, 0)}
+        asked = sorted(position for position in edges if position < length)
+        assert torch.equal(world.decode([(index, position) for position in asked]), whole[index][asked])
 
 
 def test_what_is_not_a_number_in_one_sequence_stays_there(device: torch.device, generator: torch.Generator) -> None:

@@ -27,6 +27,7 @@ from engine.reading import Reading
 from engine.replay import ReplayOutcome, ReplayVerdict, force
 from engine.request import GenerationRequest, Pooling, SamplingParams
 from kernels.jit import INTERPRETED
+from tests.support import invariance
 from tests.support.device_engine import (
     FAMILIES,
     SMALL,
@@ -39,6 +40,7 @@ from tests.support.device_engine import (
     write_parameters,
 )
 from tests.support.engine_core import Output, make_request, run_all
+from tests.support.invariance import bits, sampled
 from tests.support.tiny_models import write_model
 
 LENGTHS = (1, 20) if INTERPRETED else (1, 15, 16, 17, 63, 64, 65, 129, 255, 256, 257, 300, 520)
@@ -63,29 +65,11 @@ def core_of(model: OnDevice, adapters: dict[str, Adapter] | None = None, **limit
 
 
 def prompt(model: OnDevice, length: int, start: int = 5) -> list[int]:
-    return [3 + (start + 31 * index * index) % (model.config.vocab_size - 3) for index in range(length)]
+    return invariance.prompt(length, start, model.config.vocab_size)
 
 
 def ask(model: OnDevice, length: int, name: str = "") -> GenerationRequest:
-    """Sampled, by every rule at once."""
-    return make_request(
-        name or str(length),
-        prompt(model, length),
-        NEW_TOKENS,
-        seed=length,
-        temperature=0.9,
-        top_k=50,
-        top_p=0.95,
-        min_p=0.01,
-        logit_bias=((3, -1.5), (40, 2.0)),
-        repetition_penalty=1.2,
-        frequency_penalty=0.4,
-        presence_penalty=-0.3,
-        stop_tokens=(3,),
-        min_tokens=NEW_TOKENS,
-        top_logprobs=20,
-        ignore_eos=True,
-    )
+    return sampled(length, NEW_TOKENS, name, model.config.vocab_size)
 
 
 def others(model: OnDevice) -> list[GenerationRequest]:
@@ -106,13 +90,8 @@ def others(model: OnDevice) -> list[GenerationRequest]:
     ]
 
 
-def bits(output: Output) -> object:
-    assert output.stats is not None
-    return output.tokens, output.logprobs, output.stats.replay_digest
-
-
 @cache
-def alone(model: OnDevice, length: int) -> object:
+def alone(model: OnDevice, length: int) -> tuple[object, ...]:
     return bits(run_all(core_of(model), [ask(model, length, "r")])["r"])
 
 
@@ -170,7 +149,7 @@ def test_adapters_add_what_they_add_on_a_cpu_and_their_rows_do_not_see_each_othe
     ]
     expected = run_all(core_on(cpu_runner(model.config, BLOCKS, adapters), model.config, adapters), asked)
     found = run_all(core_of(model, adapters), asked)
-    digests = {bits(output)[2] for output in found.values()}  # type: ignore[index]
+    digests = {bits(output)[2] for output in found.values()}
     assert len(digests) == len(asked)
     for request in asked:
         name = request.request_id
@@ -248,9 +227,9 @@ def test_a_warm_cache_and_preemption_change_no_bit(model: OnDevice) -> None:
 
 
 def test_going_through_a_recorded_output_gives_its_bits(model: OnDevice) -> None:
-    recorded = {length: alone(model, length)[0] for length in LENGTHS}  # type: ignore[index]
+    recorded = {length: alone(model, length)[0] for length in LENGTHS}
     forced = [
-        replace(ask(model, length), forced=tuple(tokens), cache_salt=b"%d" % length)
+        replace(ask(model, length), forced=tuple(tokens), cache_salt=b"%d" % length)  # type: ignore[arg-type]
         for length, tokens in recorded.items()
     ]
     assert_as_alone(model, run_all(core_of(model, chunk_tokens=37), forced, check=False))

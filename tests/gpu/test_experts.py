@@ -8,9 +8,8 @@ from torch import Tensor
 
 from kernels.experts import combine, combine_triton, experts, experts_reference
 from kernels.grouped import group_rows, grouped_product_triton
-from kernels.jit import INTERPRETED
 from kernels.shape import ShapeError
-from tests.support.batches import parts
+from tests.support.batches import DTYPE, MOST_ROWS, assert_rows_are_their_own
 from tests.support.poison import among_nan
 
 
@@ -67,13 +66,14 @@ def test_they_equal_the_reference_between_poison(
 def test_the_bits_of_a_token_do_not_depend_on_the_others_nor_on_their_choices(
     device: torch.device, generator: torch.Generator
 ) -> None:
-    rows = 40 if INTERPRETED else 2100
-    mixture = Mixture(generator, device, 3, 40, 17)
-    x, chosen, weights = mixture.tokens(rows, 2)
-    whole = by_kernels(x, mixture.gate_up, mixture.down, chosen, weights)
-    for part in list(parts(rows))[:: 4 if INTERPRETED else 1]:
-        alone = by_kernels(x[part], mixture.gate_up, mixture.down, chosen[part], weights[part])
-        assert torch.equal(alone, whole[part])
+    mixture = Mixture(generator, device, 3, 34, 17, DTYPE)  # more than a tile of columns each
+    x, chosen, weights = mixture.tokens(MOST_ROWS, 2)
+
+    def computed(part: slice) -> list[Tensor]:
+        own = among_nan(x[part]), mixture.gate_up, mixture.down, chosen[part], among_nan(weights[part])
+        return [by_kernels(*own)]
+
+    assert_rows_are_their_own(computed)
 
 
 @pytest.mark.parametrize("width", [1, 100, 1025])

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from kernels.jit import INTERPRETED
 from kernels.launch import launch_for
-from kernels.logprobs import Logprobs, logprobs, logprobs_reference, logprobs_triton
+from kernels.logprobs import logprobs, logprobs_reference, logprobs_triton
 from kernels.shape import ShapeError
-from tests.support.batches import parts
+from tests.support.batches import MOST_ROWS, assert_rows_are_their_own
 from tests.support.poison import among_nan
 
 BLOCK = launch_for("logprobs", 1, "any").block_n
@@ -20,12 +20,6 @@ WIDTHS = [1, 2, 33, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 3]
 def drawn(rows: int, width: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
     logits = among_nan(torch.randn(rows, width, generator=generator).mul(4).to(device))
     return logits, torch.randint(width, (rows,), generator=generator).to(device)
-
-
-def assert_same_bits(found: Logprobs, expected: Logprobs) -> None:
-    assert torch.equal(found.selected, expected.selected)
-    assert torch.equal(found.top_ids, expected.top_ids)
-    assert torch.equal(found.top, expected.top)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -75,14 +69,23 @@ def test_large_and_small_logits_do_not_overflow(device: torch.device) -> None:
     torch.testing.assert_close(found.selected.cpu(), -torch.tensor([2.0, 3.0]).log())
 
 
+@pytest.mark.parametrize(("width", "rows"), [(7, MOST_ROWS), (2 * BLOCK + 1, 20 if INTERPRETED else MOST_ROWS)])
 def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(
-    device: torch.device, generator: torch.Generator, most_rows: int
+    width: int, rows: int, device: torch.device, generator: torch.Generator
 ) -> None:
-    logits, tokens = drawn(most_rows, 300 if INTERPRETED else 3 * BLOCK + 1, generator, device)
-    whole = logprobs_triton(logits, tokens, 3)
-    for part in parts(most_rows):
-        found = logprobs_triton(logits[part], tokens[part], 3)
-        assert_same_bits(found, Logprobs(whole.selected[part], whole.top_ids[part], whole.top[part]))
+    logits, tokens = drawn(rows, width, generator, device)
+    alternatives = 1 if INTERPRETED else 3
+
+    def found(part: slice) -> tuple[Tensor, ...]:
+        one = logprobs_triton(among_nan(logits[part]), tokens[part], alternatives)
+        return one.selected, one.top_ids, one.top
+
+    assert_rows_are_their_own(found, rows)
+
+
+def test_a_row_keeps_its_bits_among_rows_far_above_it(device: torch.device, generator: torch.Generator) -> None:
+    logits, tokens = drawn(5, 300, generator, device)
+    whole = logprobs_triton(logits, tokens, 0)
     drowned = torch.full_like(logits, 1e30)
     drowned[1] = logits[1]
     assert logprobs_triton(drowned, tokens, 0).selected[1] == whole.selected[1]

@@ -13,12 +13,23 @@ from kernels.jit import INTERPRETED
 from kernels.launch import launch_for
 from kernels.mixed_attention import Mixed, mixed_attention, verify_invariance
 from tests.support.device_engine import SMALL, TINY, config_of
+from tests.support.paged_world import PagedWorld
 
 
 @pytest.mark.parametrize("apart", [False] if INTERPRETED else [True, False])  # start-up, elsewhere, tries the other
 def test_a_token_has_the_same_bits_whichever_launch_it_is_in(apart: bool, device: torch.device) -> None:
     heads, groups, size = (2, 1, 16) if INTERPRETED else (32, 8, 128)
     assert verify_invariance(apart, heads, groups, size, torch.bfloat16, device)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+def test_a_step_of_decodes_and_prompts_equals_the_reference_among_poison(
+    dtype: torch.dtype, tolerance: float, device: torch.device, generator: torch.Generator
+) -> None:
+    world = PagedWorld([1, 65, 257, 70], (6, 2, 80), dtype, device, generator)
+    decodes, prefills = [(0, 0, 1), (2, 256, 257)], [(1, 3, 17), (3, 0, 70), (2, 250, 251)]
+    found = world.mixed(decodes, prefills)
+    torch.testing.assert_close(found, world.reference([*decodes, *prefills]), atol=tolerance, rtol=tolerance)
 
 
 def test_where_the_two_launches_differ_all_goes_by_one_and_where_none_holds_nothing_starts(

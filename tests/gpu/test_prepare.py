@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernels.prepare import (
     SequenceTables,
@@ -18,6 +19,7 @@ from kernels.prepare import (
     prepare_triton,
 )
 from kernels.shape import ShapeError
+from tests.support.batches import MOST_ROWS, assert_rows_are_their_own
 
 PAGE, SPARE, VOCABULARY = 16, 7777, 60
 MAKE_UPS = {
@@ -92,6 +94,25 @@ def test_a_step_advances_its_own_sequences_and_no_other(
     assert_equal(by_kernel, expected)
     advance(plain, Step(step.sequence.cpu(), step.starts.cpu()), drawing.cpu(), drawn.cpu())
     assert_equal(plain, SequenceTables(*(getattr(expected, f.name).cpu() for f in fields(expected))))
+
+
+def test_what_a_sequence_computes_and_leaves_behind_does_not_depend_on_its_neighbours(
+    device: torch.device, generator: torch.Generator
+) -> None:
+    """Of every sequence one token, and one drawn."""
+    tables, step = tables_of([1] * MOST_ROWS, generator, device)
+    drawn = torch.randint(VOCABULARY, (MOST_ROWS,), generator=generator).to(device)
+
+    def computed(part: slice) -> list[Tensor]:
+        own, after = step.sequence[part].contiguous(), copied(tables)
+        count = len(own)
+        alone = Step(own, step.starts[: count + 1].contiguous())
+        inputs = prepare_triton(tables, alone, count, PAGE, SPARE)
+        advance_triton(after, alone, own, drawn[part].contiguous())
+        left = (getattr(after, field.name)[own.long()] for field in fields(after))
+        return [*(getattr(inputs, field.name) for field in fields(inputs)), *left]
+
+    assert_rows_are_their_own(computed)
 
 
 def test_what_fills_up_a_step_may_name_a_sequence_that_is_in_it(device: torch.device) -> None:

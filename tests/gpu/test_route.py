@@ -11,7 +11,7 @@ from kernels.jit import INTERPRETED
 from kernels.launch import launch_for
 from kernels.route import route, route_reference, route_triton
 from kernels.shape import ShapeError
-from tests.support.batches import parts
+from tests.support.batches import MOST_ROWS, assert_rows_are_their_own
 from tests.support.poison import among_nan
 
 BLOCK = launch_for("grouped", 1, "any").block_n
@@ -51,23 +51,24 @@ def test_ties_go_to_the_lowest_expert_and_what_is_ruled_out_comes_last(over_chos
         assert weights.isnan().any(dim=1).all()
 
 
-@over
+@pytest.mark.parametrize(("over_chosen", "rows"), [(True, MOST_ROWS), (False, 20 if INTERPRETED else MOST_ROWS)])
 def test_the_bits_of_a_token_do_not_depend_on_the_others(
-    over_chosen: bool, device: torch.device, most_rows: int, generator: torch.Generator
+    over_chosen: bool, rows: int, device: torch.device, generator: torch.Generator
 ) -> None:
-    scores = torch.randn(most_rows, 60, generator=generator).to(device, torch.bfloat16)
-    chosen, weights = route_triton(scores, 2, over_chosen)
-    for part in list(parts(most_rows))[:: 4 if INTERPRETED else 1]:
-        alone = route_triton(scores[part], 2, over_chosen)
-        assert torch.equal(alone[0], chosen[part])
-        assert torch.equal(alone[1], weights[part])
-    drowned = torch.full_like(scores, torch.nan)
+    scores = torch.randn(rows, 5 if INTERPRETED else 60, generator=generator).to(device, torch.bfloat16)
+    assert_rows_are_their_own(lambda part: route_triton(among_nan(scores[part]), 2, over_chosen), rows)
+    weights = route_triton(scores[:5], 2, over_chosen)[1]
+    drowned = torch.full_like(scores[:5], torch.nan)
     drowned[1] = scores[1]
     assert torch.equal(route_triton(drowned, 2, over_chosen)[1][1], weights[1])
 
 
 @pytest.mark.parametrize(
-    ("rows", "count"), [(0, 3), (1, 1), (50, 4), (BLOCK, 2), (2 * BLOCK + 3, 5), (300, 40 if INTERPRETED else 1024)]
+    ("rows", "count"),
+    [
+        *((0, 3), (1, 1), (50, 4), (255, 3), (256, 3), (257, 3), (BLOCK, 2), (2048, 3), (2 * BLOCK + 3, 5)),
+        (300, 40 if INTERPRETED else 1024),
+    ],
 )
 def test_groups_are_those_of_a_stable_sort(
     rows: int, count: int, device: torch.device, generator: torch.Generator

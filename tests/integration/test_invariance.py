@@ -20,7 +20,7 @@ from engine.request import GenerationRequest, Pooling, Structure, StructureKind
 from engine.tokenizer import Tokenizer
 from tests.support.byte_tokenizer import EOS
 from tests.support.engine_core import Output, make_request, run_all, take
-from tests.support.invariance import bits, others, prompt
+from tests.support.invariance import bits, others, prompt, sampled
 from tests.support.model_engine import MOST_ROWS, LoadedModel, load_model, model_core
 from tests.support.tiny_models import VOCABULARY
 
@@ -38,25 +38,7 @@ def model(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Loade
 
 
 def ask(length: int, name: str = "") -> GenerationRequest:
-    """Sampled, by every rule at once."""
-    return make_request(
-        name or str(length),
-        prompt(length),
-        NEW_TOKENS,
-        seed=length,
-        temperature=0.9,
-        top_k=50,
-        top_p=0.95,
-        min_p=0.01,
-        logit_bias=((3, -1.5), (40, 2.0)),
-        repetition_penalty=1.2,
-        frequency_penalty=0.4,
-        presence_penalty=-0.3,
-        stop_tokens=(3,),
-        min_tokens=NEW_TOKENS,
-        top_logprobs=20,
-        ignore_eos=True,
-    )
+    return sampled(length, NEW_TOKENS, name)
 
 
 @cache

@@ -3,8 +3,8 @@
     python -m tests.support.compile_report          one line each
     python -m tests.support.compile_report --json   one object each, for example
 
-    {"operation": "rms_norm", "size": 4096, "label": "4096 *bf16", "registers": 32, "stack": 0, "shared": 32,
-     "wgmma": false, "contracted": 0}
+    {"operation": "rms_norm", "size": 4096, "label": "4096 *bf16", "kernel": "_rms_norm_kernel", "registers": 32,
+     "stack": 0, "shared": 32, "wgmma": false, "contracted": 0}
 
 `registers` are those of a thread, at most 255, and `stack` its bytes of local memory: anything but 0 means that
 registers spilled. `shared` is the bytes of a program, at most 232,448, and `contracted` counts the sums that took a
@@ -79,6 +79,7 @@ class Resources:
     operation: str
     size: int
     label: str
+    kernel: str
     registers: int
     stack: int
     shared: int
@@ -264,7 +265,8 @@ def compile_case(case: Case) -> Resources:
     text = compiled.asm["ptx"]
     wgmma, contracted = "wgmma.mma_async" in text, text.count("fma.rn")
     shared = compiled.metadata.shared
-    return Resources(case.operation, case.size, case.label, registers, stack, shared, wgmma, contracted)
+    named = (case.operation, case.size, case.label, case.kernel.__name__)
+    return Resources(*named, registers, stack, shared, wgmma, contracted)
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

@@ -9,9 +9,31 @@ from tests.support.engine_core import Output, make_request
 from tests.support.tiny_models import VOCABULARY
 
 
-def prompt(length: int, start: int = 5) -> list[int]:
+def prompt(length: int, start: int = 5, vocabulary: int = VOCABULARY) -> list[int]:
     """Return tokens; of one `start`, the shorter text begins the longer one."""
-    return [3 + (start + 31 * index * index) % (VOCABULARY - 3) for index in range(length)]
+    return [3 + (start + 31 * index * index) % (vocabulary - 3) for index in range(length)]
+
+
+def sampled(length: int, tokens: int, name: str = "", vocabulary: int = VOCABULARY) -> GenerationRequest:
+    """Return a request, called by its length if by nothing else, for so many tokens sampled by every rule at once."""
+    return make_request(
+        name or str(length),
+        prompt(length, vocabulary=vocabulary),
+        tokens,
+        seed=length,
+        temperature=0.9,
+        top_k=50,
+        top_p=0.95,
+        min_p=0.01,
+        logit_bias=((3, -1.5), (40, 2.0)),
+        repetition_penalty=1.2,
+        frequency_penalty=0.4,
+        presence_penalty=-0.3,
+        stop_tokens=(3,),
+        min_tokens=tokens,
+        top_logprobs=20,
+        ignore_eos=True,
+    )
 
 
 def others(count: int) -> list[GenerationRequest]:

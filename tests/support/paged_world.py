@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.attention_state import FULL, AttentionVariant, attention_reference
 from kernels.decode_attention import decode_attention_triton
+from kernels.mixed_attention import Decodes, Mixed, Prefills, mixed_attention
 from kernels.prefill_attention import prefill_attention_triton
 from tests.support.poison import among_nan
 
@@ -55,6 +56,12 @@ class PagedWorld:
 
     def prefill(self, pieces: list[Piece]) -> Tensor:
         return prefill_attention_triton(*self._asked(pieces), self.scale, self.variant)
+
+    def mixed(self, decodes: list[Piece], prefills: list[Piece]) -> Tensor:
+        """Return the attention of pieces of one token, and of pieces of several, of one step; without a variant."""
+        (first, keys, values, *tokens), (rest, _, _, table, starts, lengths) = map(self._asked, (decodes, prefills))
+        step = Mixed(Decodes(tokens[0], tokens[2]), Prefills(table, lengths, starts))
+        return mixed_attention(among_nan(torch.cat((first, rest))), keys, values, step, self.scale)
 
     def reference(self, pieces: list[Piece]) -> Tensor:
         return attention_reference(*self._asked(pieces), self.scale, self.variant)

@@ -11,6 +11,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_reference
 from kernels.rope_store import HeadNorm, rope, rope_reference, rope_store, store_kv
 from kernels.shape import ShapeError
 from kernels.silu_mul import silu_mul, silu_mul_reference
+from tests.support.fresh import drawn
 
 WIDTHS = [1, 3, 64, 173, 896]
 
@@ -26,8 +27,8 @@ def angles(positions: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tens
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rms_norm_equals_the_reference(width: int) -> None:
-    x, weight = draw(37, width), draw(width)
+def test_rms_norm_equals_the_reference_between_poison(width: int, generator: torch.Generator) -> None:
+    x, weight = drawn(generator, 37, width), drawn(generator, width)
     torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6), atol=1e-3, rtol=0.02)
 
 
@@ -43,14 +44,14 @@ def test_a_row_of_zeros_stays_finite() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_silu_mul_equals_the_reference(width: int) -> None:
-    x = draw(37, 2 * width)
+def test_silu_mul_equals_the_reference_between_poison(width: int, generator: torch.Generator) -> None:
+    x = drawn(generator, 37, 2 * width)
     torch.testing.assert_close(silu_mul(x), silu_mul_reference(x), atol=1e-3, rtol=0.02)
 
 
 @pytest.mark.parametrize("size", [2, 10, 64, 128])
-def test_rope_equals_complex_multiplication(size: int) -> None:
-    x, positions = draw(9, 3, size), torch.tensor([0, 1, 2, 15, 16, 255, 256, 700, 1023])
+def test_rope_equals_complex_multiplication_between_poison(size: int, generator: torch.Generator) -> None:
+    x, positions = drawn(generator, 9, 3, size), torch.tensor([0, 1, 2, 15, 16, 255, 256, 700, 1023])
     cos, sin, inverse = angles(positions, size)
     torch.testing.assert_close(rope(x, cos, sin), rope_reference(x, positions, inverse), atol=2e-2, rtol=2e-2)
 
