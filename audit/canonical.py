@@ -152,7 +152,13 @@ def _plain(value: object) -> object:
     return dict(value) if isinstance(value, Mapping) else list(value)  # type: ignore[call-overload]
 
 
-_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
+_ENCODER = json.JSONEncoder(
+    sort_keys=True,
+    separators=(",", ":"),
+    ensure_ascii=False,
+    check_circular=False,  # `_check` stops at its depth
+    default=_plain,
+)
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -5,8 +5,6 @@ Layout: 48 bits of Unix milliseconds, version 7, 12 random bits, variant, 62 ran
 
 from __future__ import annotations
 
-import uuid
-
 NOISE_BYTES = 10
 
 
@@ -16,4 +14,5 @@ def uuid7(unix_ms: int, noise: bytes) -> str:
         raise ValueError(f"`unix_ms` must fit 48 bits and `noise` be {NOISE_BYTES} bytes")
     bits = int.from_bytes(noise, "big")
     value = unix_ms << 80 | 0x7 << 76 | (bits >> 62 & 0xFFF) << 64 | 0b10 << 62 | bits & (1 << 62) - 1
-    return str(uuid.UUID(int=value))
+    digits = f"{value:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"

@@ -24,9 +24,8 @@ part `identities`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
 
 LEAF_VERSION = 1
 MAX_LEAF_BYTES = 65_535
@@ -167,26 +166,32 @@ class PrincipalEntry:
     purpose: str | None
 
 
-def _entry(value: object) -> Json:
-    """Return a frozen dataclass of this module as leaf JSON, absent (None) members left out."""
-    kind = type(value)  # the common kinds first: this runs for every member of every record
-    if value is None or kind is str or kind is int or kind is bool:
-        return value  # type: ignore[return-value]  # mypy does not narrow by `kind is`
-    if names := _field_names(kind):  # type: ignore[arg-type]  # a class is hashable
-        members = [(name, getattr(value, name)) for name in names]
-        return {name: _entry(member) for name, member in members if member is not None}
-    if isinstance(value, Mapping):
-        return {str(key): _entry(member) for key, member in value.items()}
-    if isinstance(value, (list, tuple, frozenset)):
-        return [_entry(member) for member in value]
-    if isinstance(value, (int, str)):
-        return value
-    raise TypeError(f"`{kind.__name__}` cannot stand in a leaf")
+@dataclass(frozen=True, slots=True)
+class ChoiceEntry:
+    index: int
+    finish_reason: str  # stop | length | content_filter | cancelled
+    tokens: int
+    seed: str
+    replay: str  # hex digest, rolling over (token id ‖ logprob bits); of the tokens that were generated
 
 
-@lru_cache(maxsize=64)
-def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
+@dataclass(frozen=True, slots=True)
+class TimingEntry:
+    """Microseconds since the request was received."""
+
+    decided_us: int
+    recorded_us: int
+    first_token_us: int | None
+    first_release_us: int | None
+    total_us: int
+
+
+Entry = ModelEntry | GuardrailEntry | LimitEntry | DecisionEntry | PrincipalEntry | ChoiceEntry | TimingEntry
+
+
+def _said(entry: Entry) -> dict[str, Json]:
+    """Return the members of an entry, absent (None) ones left out."""
+    return {name: value for name in entry.__slots__ if (value := getattr(entry, name)) is not None}
 
 
 def request_received(
@@ -213,12 +218,12 @@ def request_received(
         body={
             "action": action,
             "stream": stream,
-            "principal": _entry(principal),
-            "decision": _entry(decision),
-            "model": _entry(model),
-            "sampling": _entry(sampling),
-            "guardrails": _entry(list(guardrails)),
-            "limits": _entry(list(limits)),
+            "principal": _said(principal),
+            "decision": _said(decision),
+            "model": _said(model),
+            "sampling": sampling,
+            "guardrails": list(map(_said, guardrails)),
+            "limits": list(map(_said, limits)),
             "prompt_tokens": prompt_tokens,
         },
         identities=identities,
@@ -245,35 +250,15 @@ def request_denied(
         request_id=request_id,
         body={
             "action": action,
-            "principal": _entry(principal),
-            "decision": _entry(decision),
+            "principal": _said(principal),
+            "decision": _said(decision),
             "code": code,
             "model": {"alias": model_alias},
-            "guardrails": _entry(list(guardrails)),
+            "guardrails": list(map(_said, guardrails)),
         },
         identities=identities,
         parts={} if prompt is None else {"prompt": prompt},
     )
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceEntry:
-    index: int
-    finish_reason: str  # stop | length | content_filter | cancelled
-    tokens: int
-    seed: str
-    replay: str  # hex digest, rolling over (token id ‖ logprob bits); of the tokens that were generated
-
-
-@dataclass(frozen=True, slots=True)
-class TimingEntry:
-    """Microseconds since the request was received."""
-
-    decided_us: int
-    recorded_us: int
-    first_token_us: int | None
-    first_release_us: int | None
-    total_us: int
 
 
 def request_completed(
@@ -296,11 +281,11 @@ def request_completed(
         request_id=request_id,
         body={
             "status": status,
-            "choices": _entry(list(choices)),
-            "usage": _entry(usage),
-            "guardrails": _entry(list(guardrails)),
-            "limits": _entry(list(limits)),
-            "timings": _entry(timings),
+            "choices": list(map(_said, choices)),
+            "usage": usage,
+            "guardrails": list(map(_said, guardrails)),
+            "limits": list(map(_said, limits)),
+            "timings": _said(timings),
         },
         parts={"output": output, "output_tokens": output_tokens} | _told(logprobs),
     )
@@ -320,7 +305,7 @@ def request_failed(
         type=RecordType.REQUEST_FAILED,
         tenant=tenant,
         request_id=request_id,
-        body={"code": code, "timings": _entry(timings), "guardrails": _entry(list(guardrails))},
+        body={"code": code, "timings": _said(timings), "guardrails": list(map(_said, guardrails))},
         parts={"output": output} | _told(logprobs),
     )
 

@@ -36,6 +36,20 @@ _SET_HEAD = (
     .where(head.c.log == bindparam("at_log"))
     .values(size=bindparam("new_size"), frontier=bindparam("new_frontier"))
 )
+_LEAF_HASHES = (
+    select(leaf.c.leaf_hash)
+    .join(
+        leaf_number,
+        (leaf_number.c.log == leaf.c.log)
+        & (leaf_number.c.writer == leaf.c.writer)
+        & (leaf_number.c.writer_seq == leaf.c.writer_seq),
+    )
+    .where(
+        leaf_number.c.log == bindparam("at_log"),
+        leaf_number.c.leaf_index.between(bindparam("from_leaf"), bindparam("to_leaf")),
+    )
+    .order_by(leaf_number.c.leaf_index)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +115,8 @@ def _roots(connection: Connection, log: str, level: int, first: int) -> list[byt
 
 def leaf_hashes(connection: Connection, log: str, first: int, count: int) -> list[bytes]:
     """Return the hashes of leaves first … first + count − 1, fewer where the log ends."""
-    rows = connection.execute(
-        select(leaf.c.leaf_hash)
-        .join(
-            leaf_number,
-            (leaf_number.c.log == leaf.c.log)
-            & (leaf_number.c.writer == leaf.c.writer)
-            & (leaf_number.c.writer_seq == leaf.c.writer_seq),
-        )
-        .where(leaf_number.c.log == log, leaf_number.c.leaf_index.between(first, first + count - 1))
-        .order_by(leaf_number.c.leaf_index)
-    ).scalars()
-    return [bytes(row) for row in rows]
+    rows = run(connection, _LEAF_HASHES, {"at_log": log, "from_leaf": first, "to_leaf": first + count - 1}).fetchall()
+    return [bytes(leaf_hash) for (leaf_hash,) in rows]
 
 
 def node_reader(connection: Connection, log: str) -> Callable[[int, int], bytes]:

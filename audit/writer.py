@@ -2,13 +2,15 @@
 
     append ─▶ queue ─▶ take all that waits ─▶ number, chain, seal ─▶ data keys durable ─▶ one transaction ─▶ waiters
 
-There is no timer: while one batch is being made durable the next one gathers. When a waiter is resolved, what it
-appended survives a crash. Any error fails every waiter of the batch; nothing is acknowledged that is not durable, and
-a batch whose COMMIT was not answered is looked up before anything else is written.
+There is no timer: while one batch is being made durable the next one gathers. What one turn of an event loop appends is
+handed over together, at the end of the turn: a commit costs as much as ten records do, and two threads that take the
+interpreter from each other for every record cost more. When a waiter is resolved, what it appended survives a crash.
+Any error fails every waiter of the batch; nothing is acknowledged that is not durable, and a batch whose COMMIT was not
+answered is looked up before anything else is written.
 
 An I/O error from the disk ends the writer for good: after a failed fsync nobody knows what is on the disk.
 
-Owned by the thread: chains, open requests. Shared, under the condition: the queue.
+Owned by the thread: chains, open requests. Shared, under the condition: the queue, and what is gathered for it.
 """
 
 from __future__ import annotations
@@ -199,6 +201,7 @@ class Writer:
         self._lease_s = lease_s
         self.id = self._random(8).hex()
         self._queue: deque[_Entry] = deque()
+        self._gathered: list[_Entry] = []  # submitted after all that is in the queue, and not yet handed over
         self._condition = threading.Condition()
         self._closing = False
         self._chains: dict[str, _Link] = {}
@@ -233,11 +236,21 @@ class Writer:
                 raise LogDead(self.dead)
             if self._closing:
                 raise LogUnavailable("the log is closed")
-            if len(self._queue) >= MAX_QUEUED:
+            if self.queued() >= MAX_QUEUED:
                 raise LogBusy("too many records wait to be written; try again later")
             if self.disk_low and entry.record is not None and entry.record.type is RecordType.REQUEST_RECEIVED:
                 raise DiskLow("the disk of the log is nearly full; free space, nothing new is taken until then")
-            self._queue.append(entry)
+            self._gathered.append(entry)
+            if entry.loop is None:
+                self._hand_over()
+            elif len(self._gathered) == 1:
+                entry.loop.call_soon(self._hand_over)  # after all that this turn of the loop still does
+
+    def _hand_over(self) -> None:
+        """Let the thread have what was gathered, in its order: a record may close what the one before it opened."""
+        with self._condition:
+            self._queue += self._gathered
+            self._gathered = []
             self._condition.notify()
 
     async def append(self, record: Record, timeout_s: float, within: Within | None = None) -> Receipt:
@@ -286,7 +299,7 @@ class Writer:
         return entry.result
 
     def queued(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._gathered)
 
     @property
     def confirming(self) -> bool:
@@ -297,7 +310,7 @@ class Writer:
         """Write what is queued, publish, and end the thread."""
         with self._condition:
             self._closing = True
-            self._condition.notify()
+            self._hand_over()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -322,6 +335,8 @@ class Writer:
         with self._condition:
             if not self._queue and not self._closing:
                 self._condition.wait(PUBLISH_EVERY_S)
+            if not self._queue:
+                self._hand_over()  # of a loop that ended with its turn
             if not self._queue:
                 return None if self._closing else []
             entries: list[_Entry] = []
@@ -653,6 +668,7 @@ class Writer:
         with self._condition:
             first = self.dead is None
             self.dead = self.dead or why
+            self._hand_over()
             waiting, self._queue = list(self._queue), deque()
         for entry in waiting:
             entry.error = LogDead(why)

@@ -115,6 +115,11 @@ async def embeddings(request: Request) -> Response:
     return await _whole(request, answered, renderer)
 
 
+def handlers() -> dict[str, Callable[[Request], Coroutine[Any, Any, Response]]]:
+    """Return what answers each path of this file: its endpoint, once its requirement is met."""
+    return {route.path_format: route.get_route_handler() for route in router.routes if isinstance(route, HandMade)}
+
+
 def _parse(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate(parse_json(body))

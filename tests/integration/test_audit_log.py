@@ -107,6 +107,32 @@ async def test_concurrent_requests_of_many_tenants_share_transactions_and_keep_t
     assert all(entry.leaves == entry.signed_size and not entry.unnumbered for entry in report.logs)
 
 
+async def test_a_request_given_up_in_the_turn_it_was_appended_in_is_closed_behind_its_record(place: LogPlace) -> None:
+    log = place.open()
+    appending = asyncio.ensure_future(log.append(received(R[0])))
+    await asyncio.sleep(0)  # appended; its turn ends with the cancelling
+    appending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await appending
+    await log.append(received(R[1]))
+    log.close()
+    statuses = place.rows("SELECT request_id, status FROM request_index ORDER BY request_id")
+    assert statuses == [(R[0], "interrupted"), (R[1], "received")]
+    assert place.verify().first_wrong is None
+
+
+def test_what_a_loop_appended_in_its_last_turn_is_written_all_the_same(place: LogPlace) -> None:
+    log = place.open()
+    loop = asyncio.new_event_loop()
+    appending = loop.create_task(log.append(received(R[0])))
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    log.close()
+    loop.run_until_complete(appending)
+    loop.close()
+    assert place.rows("SELECT request_id, status FROM request_index") == [(R[0], "received")]
+
+
 @pytest.mark.parametrize("again", [completed(R[0]), received(R[0])])
 async def test_a_request_is_received_once_and_closed_once(place: LogPlace, again: Record) -> None:
     log = place.open()
