@@ -39,7 +39,7 @@ class EngineConfig:
     kv_cache_mib: int = 256  # ≥ 1; memory for keys and values
     kv_cache_dtype: str = "bfloat16"  # one of KV_CACHE_DTYPES; each is a numeric policy of its own
     max_sequences: int = 64  # sequences in one step, ≥ 1
-    max_tokens_per_step: int = 512  # ≥ max_sequences
+    max_tokens_per_step: int = 256  # ≥ max_sequences
     max_waiting: int = 256  # sequences that may wait, ≥ 0
     max_per_key: int | None = None  # sequences of one tenant in flight, ≥ 1; None: three quarters of all
     context_length: int | None = None  # ≥ 2; None: the model's own

@@ -45,7 +45,7 @@ class Pace:
 
 PACES = {  # by where the engine runs
     "thread": Pace(0.020, 200),  # every piece holds up a step
-    "process": Pace(0.005, 1_000),  # answers were seen to come no slower, up to 32 streams; more would wear the disk
+    "process": Pace(0.002, 2_500),  # answers were seen to come no slower, up to 32 streams; more would wear the disk
 }
 
 

@@ -217,7 +217,7 @@ class EngineSettings:
         "how keys and values are kept; `fp8_e4m3` takes half the memory and rounds them: another numeric policy",
     )
     max_sequences: int = setting(64, integer_kind(1, 4096), "sequences in one step")
-    max_tokens_per_step: int = setting(512, integer_kind(16, 131_072, "tokens"), "token budget of one step")
+    max_tokens_per_step: int = setting(256, integer_kind(16, 131_072, "tokens"), "token budget of one step")
     max_waiting: int = setting(
         256, integer_kind(0, 65_536), "sequences that may wait; more are answered 503 `overloaded`"
     )

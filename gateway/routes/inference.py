@@ -116,8 +116,9 @@ async def embeddings(request: Request) -> Response:
 
 
 def handlers() -> dict[str, Callable[[Request], Coroutine[Any, Any, Response]]]:
-    """Return what answers each path of this file: its endpoint, once its requirement is met."""
-    return {route.path_format: route.get_route_handler() for route in router.routes if isinstance(route, HandMade)}
+    """Return what answers a POST to each path of this file: its endpoint, once its requirement is met."""
+    asking = (route for route in router.routes if isinstance(route, HandMade) and "POST" in (route.methods or ()))
+    return {route.path_format: route.get_route_handler() for route in asking}
 
 
 def _parse(kind: type[Body], body: bytes) -> Body:
