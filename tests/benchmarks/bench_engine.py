@@ -31,6 +31,12 @@ BUDGET = 512  # tokens of a step
 CONCURRENCIES = (1, 8, 32)
 
 
+def draw_model(directory: Path) -> Path:
+    """Return a directory with the model that is measured where none is named."""
+    write_checkpoint("tiny", directory)
+    return directory
+
+
 def load(directory: Path) -> tuple[Model, str]:
     loaded = load_model(Reading(directory), BUDGET)
     products = loaded.policy["linear"]
@@ -79,9 +85,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as temporary:
-        if chosen.model is None:
-            write_checkpoint("tiny", Path(temporary))
-        decoder, products = load(chosen.model or Path(temporary))
+        decoder, products = load(chosen.model or draw_model(Path(temporary)))
     load_average = os.getloadavg()[0]
     print(f"machine: {platform.machine()}, {os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}")
     print(f"torch {torch.__version__}, {chosen.threads} threads, load average before the run {load_average:.1f}")
