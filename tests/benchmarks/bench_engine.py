@@ -27,7 +27,7 @@ from tests.benchmarks.checkpoint import write_checkpoint
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import make_limits, make_request
 
-BUDGET = 512  # tokens of a step
+BUDGET = 256  # tokens of a step, the default
 CONCURRENCIES = (1, 8, 32)
 
 
