@@ -1,7 +1,8 @@
 """The LLVM text of compiled kernels, kept from one start to the next: numba takes seconds to write what this reads.
 
 A text stands under the name of everything that it follows from, so it is never out of date: it is found or it is not.
-Its first line is the digest of the rest; a file that was cut short or changed is written anew.
+Its first line is the digest of its name and of the rest; a file that was cut short, changed or put under another name
+is written anew.
 
     ~/.cache/probity/kernels/5b0c…e1.ll, or below `XDG_CACHE_HOME`
         ; sha256:91af…
@@ -48,7 +49,7 @@ class KeptText:
         except (OSError, UnicodeDecodeError) as error:
             _logger.warning("kept kernels are not used: `%s` cannot be read (%s)", self._directory, _reason(error))
             return None
-        return text if first == _first_line(text) else None
+        return text if first == _first_line(name, text) else None
 
     def keep(self, name: str, text: str) -> None:
         """Keep a text; where the directory takes none, say so: the kernel is compiled again next time."""
@@ -56,7 +57,7 @@ class KeptText:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._make_room()
             with tempfile.NamedTemporaryFile("w", dir=self._directory, encoding="utf-8", delete=False) as file:
-                file.write(_first_line(text) + text)
+                file.write(_first_line(name, text) + text)
             os.replace(file.name, self._path(name))
         except OSError as error:
             _logger.warning(
@@ -83,8 +84,8 @@ def kept_by_this_user() -> KeptText:
     return KeptText(Path(base, "probity", "kernels"))
 
 
-def _first_line(text: str) -> str:
-    return f"; sha256:{hashlib.sha256(text.encode()).hexdigest()}\n"
+def _first_line(name: str, text: str) -> str:
+    return f"; sha256:{hashlib.sha256(f'{name} {text}'.encode()).hexdigest()}\n"
 
 
 def _written(path: Path) -> float:

@@ -67,7 +67,7 @@ _address, _integer, _number = types.int64, types.int64, types.float32
 
 
 @register_model(_Sixteen)
-class _SixteenModel(models.PrimitiveModel):  # type: ignore[misc]
+class _SixteenModel(models.PrimitiveModel):  # type: ignore[misc]  # numba has no types
     def __init__(self, manager: Any, front_end: Any) -> None:
         super().__init__(manager, front_end, _FLOATS)
 

@@ -64,10 +64,11 @@ PAIR = 2 * ROWS  # rows of `x` that a tile of the weight is read once for
 HELD = 1 << 20  # bytes of `x` laid out at a time, about: the second cache keeps them beside two panels
 LINE = 64  # bytes of a cache's line
 
-# A thread's workspace, in bytes from its beginning.
 # Eight whole tiles.
 _TILE_BYTES = 64 << 48 | 64 << 32 | 64 << 16 | 64  # of a row, of four
 _TILE_ROWS = 16 << 56 | 16 << 48 | 16 << 40 | 16 << 32 | 16 << 24 | 16 << 16 | 16 << 8 | 16
+
+# A thread's workspace, in bytes from its beginning.
 _SHAPES = 0
 _BIAS = _SHAPES + SHAPES_BYTES  # of a panel that is not full: 32 bfloat16
 _ROW = _BIAS + 64  # of such a one's result

@@ -49,6 +49,12 @@ def test_a_text_that_was_cut_short_or_changed_anywhere_is_not_read(kept: KeptTex
     assert kept.read("k") == TEXT
 
 
+def test_a_text_that_was_put_under_another_name_is_not_read(kept: KeptText, tmp_path: Path) -> None:
+    kept.keep("k", TEXT)
+    _file(tmp_path).rename(_file(tmp_path, "other"))
+    assert kept.read("other") is None
+
+
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
 def test_a_text_that_others_may_write_is_not_run(
     kept: KeptText, tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
