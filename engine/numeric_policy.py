@@ -3,7 +3,7 @@
 Bits repeat under an equal policy, and nothing is claimed across different ones. Its digest is the OpenAI
 `system_fingerprint`. SHA-256 of canonical JSON, for example (shortened):
 
-    {"attention":"fused","compiled":{"cpu":"sapphirerapids","llvm":"22.1.0","llvmlite":"0.50.0","numba":"0.68.1"},
+    {"attention":"fused","compiled":{"cpu":"sapphirerapids","llvm":"22.1.0","numba":"0.68.1","products":"tiles",…},
      "cpu":"avx512_core_amx…","dtype":"bfloat16","kernels":"sha256:0c…","linear":{"192x512":"fixed_tiles",…},
      "machine":"x86_64","numpy":"2.3","threads":2,"torch":"2.13.0","v":1,…}
 

@@ -208,7 +208,7 @@ class EngineSettings:
     kernels: str = setting(
         "compiled",
         text_kind("`compiled` or `library`", _KERNELS.__contains__),
-        "of a CPU: compiled at the first start where it has AMX, and faster; or torch's. Two numeric policies",
+        "of a CPU: compiled at the first start where it has AVX512-bf16, and faster; or torch's. Two numeric policies",
     )
     kv_cache_mib: int = setting(256, integer_kind(1, 1_048_576, "MiB"), "memory for keys and values of all sequences")
     kv_cache_dtype: str = setting(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba
@@ -49,12 +50,17 @@ def bits_of(number: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", number))[0])
 
 
+@cache
+def has_pairs() -> bool:
+    """Return whether this CPU multiplies pairs of bfloat16, sixteen at once: what every word here but tiles needs."""
+    features = binding.get_host_cpu_features()
+    return not numba.config.DISABLE_JIT and bool(features.get("avx512bf16") and features.get("avx512f"))
+
+
+@cache
 def has_tiles() -> bool:
     """Return whether this CPU and its system have AMX for bfloat16, which this process may use from here on."""
-    if numba.config.DISABLE_JIT:
-        return False
-    features = binding.get_host_cpu_features()
-    return bool(features.get("amx-bf16") and features.get("avx512f") and torch.cpu._init_amx())
+    return has_pairs() and bool(binding.get_host_cpu_features().get("amx-bf16") and torch.cpu._init_amx())
 
 
 class _Sixteen(types.Type):
@@ -175,11 +181,7 @@ def copy_masked(_: Any, to: Any, source: Any, mask: Any) -> Any:
 def prefetch(_: Any, address: Any) -> Any:
     """A hint that the 64 bytes around are wanted soon, in the second cache: the first one waits for too few at once."""
 
-    def emit(b: Any, at: Any) -> None:
-        hints = (ir.Constant(_INT, value) for value in (0, 2, 1))  # to be read, nearly at hand, data
-        _call(b, "llvm.prefetch.p0", _NOTHING, b.inttoptr(at, _BYTE.as_pointer()), *hints)
-
-    return _word(types.none, (_address,), emit)
+    return _word(types.none, (_address,), lambda b, at: _prefetch(b, b.inttoptr(at, _BYTE.as_pointer()), 2))
 
 
 # Sixteen at once.
@@ -353,7 +355,115 @@ def power_of_two(_: Any, exponent: Any) -> Any:
     return _word(_sixteen, (_sixteen,), emit)
 
 
+# Pairs of bfloat16: what a tile does, a few rows at a time, where there are no tiles.
+
+MOST_ROWS = 8  # with two columns, the sums that registers hold beside what is multiplied
+
+
+class _Bfloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
+    """What llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_PAIRS = ir.VectorType(_Bfloat(), 2 * LANES)
+
+
+def _prefetch(b: Any, pointer: Any, nearness: int) -> None:
+    hints = (ir.Constant(_INT, value) for value in (0, nearness, 1))  # to be read, how near, data
+    _call(b, "llvm.prefetch.p0", _NOTHING, pointer, *hints)
+
+
+def _pairs_product(b: Any, total: Any, left: Any, right: Any) -> Any:
+    """total[n] + left[2n + 1] · right[2n + 1] + left[2n] · right[2n], as the CPU rounds it."""
+    return _call(
+        b, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, total, b.bitcast(left, _PAIRS), b.bitcast(right, _PAIRS)
+    )
+
+
+@instruction_by_number
+def add_products(
+    _: Any, columns: Any, pairs: Any, ahead: Any, sums: Any, left: Any, right: Any, rows: Any, chunks: Any
+) -> Any:
+    """sums[m, n] += Σ left[m, 2k] · right[k, 2n] + left[m, 2k + 1] · right[k, 2n + 1], of 1 … `MOST_ROWS` rows m.
+
+    In chunks of `pairs` k each, of `columns` times sixteen n, with what lies so many bytes `ahead` on the right side on
+    its way, 0 for nothing: three literals. Each of the three sides is (address, bytes from row to row, …); `left` and
+    `right` then the bytes from chunk to chunk, `right` last those from one sixteen n to the next. A row's sums are one
+    chain of k in ascending order, whatever rows are beside it.
+    """
+    literals = (columns, pairs, ahead)
+    if not all(isinstance(one, types.IntegerLiteral) for one in literals):
+        return None
+    sizes = [one.literal_value for one in literals]
+
+    def emit(b: Any, _c: Any, _p: Any, _a: Any, sums: Any, left: Any, right: Any, rows: Any, chunks: Any) -> None:
+        after = b.append_basic_block("added")
+        choice = b.switch(rows, after)
+        for count in range(1, MOST_ROWS + 1):
+            block = b.append_basic_block(f"rows{count}")
+            choice.add_case(ir.Constant(_LONG, count), block)
+            b.position_at_end(block)
+            _add_products(b, count, sizes, [_unpacked(b, side) for side in (sums, left, right)], chunks)
+            b.branch(after)
+        b.position_at_end(after)
+
+    sides = [types.containers.UniTuple(_integer, count) for count in (2, 3, 4)]
+    return _word(types.none, (*literals, *sides, _integer, _integer), emit)
+
+
+def _unpacked(b: Any, side: Any) -> list[Any]:
+    """Return where a side begins, as LLVM's pointer, and its steps. Of integers it would count up one for each load."""
+    begin, *steps = (b.extract_value(side, index) for index in range(side.type.count))
+    return [b.inttoptr(begin, _BYTE.as_pointer()), *steps]
+
+
+def _add_products(b: Any, rows: int, sizes: list[int], sides: list[list[Any]], chunks: Any) -> None:
+    (columns, pairs, ahead), (sums, left, right) = sizes, sides
+
+    def at(base: Any, *steps: tuple[Any, int]) -> Any:
+        for step, times in steps:
+            base = b.gep(base, [b.mul(step, ir.Constant(_LONG, times))])
+        return base
+
+    def read(place: Any, kind: Any) -> Any:
+        value = b.load(b.bitcast(place, kind.as_pointer()))
+        value.align = 4
+        return value
+
+    sixteen = ir.Constant(_LONG, 4 * LANES)
+    places = [[at(sums[0], (sums[1], row), (sixteen, column)) for column in range(columns)] for row in range(rows)]
+    totals = [[cgutils.alloca_once(b, _FLOATS) for _ in line] for line in places]  # LLVM keeps them in registers
+    for line, kept in zip(places, totals, strict=True):
+        for place, total in zip(line, kept, strict=True):
+            b.store(read(place, _FLOATS), total)
+    with cgutils.for_range(b, chunks) as loop:
+        x = b.gep(left[0], [b.mul(left[2], loop.index)])
+        weight = b.gep(right[0], [b.mul(right[2], loop.index)])
+        for pair in range(pairs):
+            beside = [at(weight, (right[1], pair), (right[3], column)) for column in range(columns)]
+            across = [read(place, _INTS) for place in beside]
+            for place in beside if ahead else ():
+                _prefetch(b, b.gep(place, [ir.Constant(_LONG, ahead)]), 3)
+            for row in range(rows):
+                one = _spread(b, read(at(x, (left[1], row), (ir.Constant(_LONG, 4), pair)), _INT), _INTS)
+                for total, sixteen_pairs in zip(totals[row], across, strict=True):
+                    b.store(_pairs_product(b, b.load(total), one, sixteen_pairs), total)
+    for line, kept in zip(places, totals, strict=True):
+        for place, total in zip(line, kept, strict=True):
+            b.store(b.load(total), b.bitcast(place, _FLOATS.as_pointer()), align=4)
+
+
 # Tiles, by their number: 0 … 7, a literal. A tile has at most 16 rows of 64 bytes; `tile_shapes` says of each how many.
+
+
+def _tile_call(b: Any, name: str, *values: Any) -> None:
+    """LLVM has no code for tiles for a CPU without them: where a kernel would come to them there, it ends."""
+    if binding.get_host_cpu_features().get("amx-bf16"):
+        _call(b, name, _NOTHING, *values)
+    else:
+        _call(b, "llvm.trap", _NOTHING)
 
 
 def _tile_word(name: str, tiles: tuple[Any, ...], others: tuple[Any, ...] = ()) -> Any:
@@ -365,7 +475,7 @@ def _tile_word(name: str, tiles: tuple[Any, ...], others: tuple[Any, ...] = ()) 
     def emit(b: Any, *values: Any) -> None:
         rest = values[len(tiles) :]
         pointed = (b.inttoptr(rest[0], _BYTE.as_pointer()), *rest[1:]) if rest else ()
-        _call(b, name, _NOTHING, *numbers, *pointed)
+        _tile_call(b, name, *numbers, *pointed)
 
     return _word(types.none, (*tiles, *others), emit)
 
@@ -396,31 +506,19 @@ def tile_product(_: Any, total: Any, left: Any, right: Any) -> Any:
 def tile_shapes(_: Any, address: Any) -> Any:
     """Take the shapes of all tiles from 64 bytes."""
     pointer = _BYTE.as_pointer()
-    return _word(
-        types.none,
-        (_address,),
-        lambda b, at: _discard(_call(b, "llvm.x86.ldtilecfg", _NOTHING, b.inttoptr(at, pointer))),
-    )
+    return _word(types.none, (_address,), lambda b, at: _tile_call(b, "llvm.x86.ldtilecfg", b.inttoptr(at, pointer)))
 
 
 @instruction
 def put_tile_shapes(_: Any, address: Any) -> Any:
     pointer = _BYTE.as_pointer()
-    return _word(
-        types.none,
-        (_address,),
-        lambda b, at: _discard(_call(b, "llvm.x86.sttilecfg", _NOTHING, b.inttoptr(at, pointer))),
-    )
+    return _word(types.none, (_address,), lambda b, at: _tile_call(b, "llvm.x86.sttilecfg", b.inttoptr(at, pointer)))
 
 
 @instruction
 def tile_release(_: Any) -> Any:
     """Have no tiles, which makes it cheaper to switch threads."""
-    return _word(types.none, (), lambda b: _discard(_call(b, "llvm.x86.tilerelease", _NOTHING)))
-
-
-def _discard(_: Any) -> None:
-    """What an instruction without a result gives."""
+    return _word(types.none, (), lambda b: _tile_call(b, "llvm.x86.tilerelease"))
 
 
 SHAPES_BYTES = 128  # of a workspace: the shapes that a kernel has, and those that the thread had before

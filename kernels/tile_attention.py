@@ -1,10 +1,12 @@
-"""Attention over the paged cache in bfloat16 by the matrix tiles of AMX: nothing is gathered, nothing is planned.
+"""Attention over the paged cache in bfloat16 by tiles: nothing is gathered, nothing is planned.
+
+By the matrix tiles of AMX where the CPU has them, else by its products of pairs, a few rows at a time.
 
 Numeric contract. A row is a token and a head. Its keys are taken 64 at a time at *absolute* positions, in ascending
-order, for every row alike: scores by page, the head's numbers 32 at a time; the greatest so far; weights 2ˣ, rounded to
-bfloat16; their sum, four times sixteen lanes; weighted values by page; both added to what came before, which is scaled
-first. A tile holds 16 rows, and no instruction mixes them, so that a row has the same bits in whatever tile it stands,
-beside whatever: prefill == decode == chunked == cache hit. Keys that a row may not see have the weight 0. Of the last
+order, for every row alike: scores by page, the head's numbers 32 at a time or two; the greatest so far; weights 2ˣ,
+rounded to bfloat16; their sum, four times sixteen lanes; weighted values by page; both added to what came before, which
+is scaled first. No instruction mixes rows, so that a row has the same bits in whatever tile it stands, beside whatever:
+prefill == decode == chunked == cache hit. Keys that a row may not see have the weight 0. Of the last
 page, values of tokens beyond the tile's last are zeroed first, since 0 · NaN is not 0; scores of theirs are replaced.
 Keys that a row may not see change no bit, unless they are its own sequence's and not finite.
 
@@ -29,7 +31,10 @@ from torch import Tensor
 
 from kernels.compilation import compiled, part
 from kernels.lanes import (
+    LANES,
+    MOST_ROWS,
     SHAPES_BYTES,
+    add_products,
     bits_of,
     claim,
     copy_masked,
@@ -39,6 +44,7 @@ from kernels.lanes import (
     give_tiles_back,
     greater,
     greatest_of,
+    has_pairs,
     has_tiles,
     integer_at,
     minus,
@@ -129,7 +135,7 @@ def tile_attention(
     threads = threads_for(items)
     space = scratch(threads * _space(size))
     run(
-        _kernel(size),
+        _kernel(size, has_tiles()),
         threads,
         items,
         together,
@@ -156,28 +162,30 @@ def _space(size: int) -> int:
 
 
 @cache
-def _kernel(size: int) -> int:
+def _kernel(size: int, tiles: bool) -> int:
     """Return the kernel for heads of a size: its loops over a head are straight lines."""
-    if not has_tiles():  # the system ends a process that has not asked for them
-        raise RuntimeError("this CPU has no matrix tiles for bfloat16; ask `has_tiles` first")
-    space = _space(size)
+    if not has_pairs():
+        raise RuntimeError("this CPU does not multiply pairs of bfloat16; ask `has_pairs` first")
+    space, by_tiles = _space(size), int(tiles)
 
     def attend(data: int) -> None:
         items, together, tokens = integer_at(data + 16), integer_at(data + 24), integer_at(data + 104)
         at = integer_at(data + 32) + claim(data + COME) * space
-        take_tiles(at + _SHAPES, _SUM_BYTES, _SIDE_BYTES, _TILE_ROWS)
+        if by_tiles:
+            take_tiles(at + _SHAPES, _SUM_BYTES, _SIDE_BYTES, _TILE_ROWS)
         item = claim(data + TAKEN)
         while item < items:
             first = (items - 1 - item) * together  # the last tokens of a prompt see the most
-            _attend(at, data, first, min(first + together, tokens), size)
+            _attend(at, data, first, min(first + together, tokens), size, by_tiles)
             item = claim(data + TAKEN)
-        give_tiles_back(at + _SHAPES)
+        if by_tiles:
+            give_tiles_back(at + _SHAPES)
 
     return compiled(attend)
 
 
 @part
-def _attend(at: int, data: int, first: int, last: int, size: int) -> None:
+def _attend(at: int, data: int, first: int, last: int, size: int, tiles: int) -> None:
     """Tokens from `first` to before `last`, run by run."""
     query, keys, values, out = (
         integer_at(data + 40),
@@ -202,7 +210,7 @@ def _attend(at: int, data: int, first: int, last: int, size: int) -> None:
                 rows = min(ROWS, (end - begin) * ratio - row)
                 _attend_tile(
                     at, query + start, keys + page, values + page, out + start, blocks, position, row, rows, ratio,
-                    heads, block, size, scale,
+                    heads, block, size, scale, tiles,
                 )  # fmt: skip
         begin = end
 
@@ -223,6 +231,7 @@ def _attend_tile(
     block: int,  # bytes
     size: int,
     scale: float,
+    tiles: int,
 ) -> None:
     for one in range(rows):
         token, head = divmod(row + one, ratio)
@@ -239,12 +248,21 @@ def _attend_tile(
         pages = blocks + start // PAGE * 8
         left = seen - start
         _prefetch_turn(keys, values, pages + 32, block, size, min(KEYS, left - KEYS))
-        _score_turn(at, keys, pages, block, size, min(KEYS, left))
+        if tiles:
+            _score_turn(at, keys, pages, block, size, min(KEYS, left))
+        else:
+            _score_pairs(at, keys, pages, block, size, min(KEYS, left), rows)
         for one in range(rows):
             mine = integer_at(at + _SEEN + one * 8) - start
             if mine > 0:
                 _weigh(at, one, mine, size, scale)
-        _weighted_values(at, values, pages, block, size, left)
+        if left < KEYS and left % PAGE:
+            tail = at + _QUERIES + 160 * size
+            _copy_first(tail, values + integer_at(pages + left // PAGE * 8) * block, left % PAGE, size)
+        if tiles:
+            _weighted_values(at, values, pages, block, size, left)
+        else:
+            _value_pairs(at, values, pages, block, size, left, rows)
         for one in range(rows):
             if integer_at(at + _SEEN + one * 8) > start:
                 sums = at + _QUERIES + 32 * size + one * size * 4
@@ -288,6 +306,23 @@ def _score_turn(at: int, keys: int, pages: int, block: int, size: int, count: in
 
 
 @part
+def _score_pairs(at: int, keys: int, pages: int, block: int, size: int, count: int, rows: int) -> None:
+    """What `_score_turn` does, without tiles."""
+    stride, rest = size * 2, size // 32 * 64
+    for page in range((count + PAGE - 1) // PAGE):
+        source = keys + integer_at(pages + page * 8) * block
+        for row in range(0, rows, MOST_ROWS):
+            some, queries = min(MOST_ROWS, rows - row), at + _QUERIES + row * stride
+            scores = at + _SCORES + row * KEYS * 4 + page * 64
+            for one in range(some):
+                put_sixteen(scores + one * KEYS * 4, fill(_ZERO))
+            add_products(1, 16, 0, (scores, KEYS * 4), (queries, stride, 64), (source, 64, 1024, 0), some, size // 32)
+            if size % 32:
+                left, right = (queries + rest, stride, 0), (source + rest * LANES, 64, 0, 0)
+                add_products(1, 8, 0, (scores, KEYS * 4), left, right, some, 1)
+
+
+@part
 def _weigh(at: int, row: int, seen: int, size: int, scale: float) -> None:
     """Scores of one row → weights, of the turn's first `seen` keys; what is summed up already is scaled to them."""
     scores, factor = at + _SCORES + row * KEYS * 4, fill(scale)
@@ -321,8 +356,6 @@ def _weigh(at: int, row: int, seen: int, size: int, scale: float) -> None:
 def _weighted_values(at: int, values: int, pages: int, block: int, size: int, count: int) -> None:
     """Weights · values of the turn's first `count` keys."""
     added, tail, stride = at + _QUERIES + 96 * size, at + _QUERIES + 160 * size, size * 4
-    if count < KEYS and count % PAGE:
-        _copy_first(tail, values + integer_at(pages + count // PAGE * 8) * block, count % PAGE, size)
     for column in range(0, stride, 256):
         tile_zero(0)
         tile_zero(1)
@@ -350,6 +383,24 @@ def _weighted_values(at: int, values: int, pages: int, block: int, size: int, co
             put_tile(2, added + column + 128, stride)
         if column + 192 < stride:
             put_tile(3, added + column + 192, stride)
+
+
+@part
+def _value_pairs(at: int, values: int, pages: int, block: int, size: int, count: int, rows: int) -> None:
+    """What `_weighted_values` does, without tiles."""
+    added, tail, stride = at + _QUERIES + 96 * size, at + _QUERIES + 160 * size, size * 4
+    for row in range(0, rows, MOST_ROWS):
+        some, sums = min(MOST_ROWS, rows - row), added + row * stride
+        for place in range(sums, sums + some * stride, 64):
+            put_sixteen(place, fill(_ZERO))
+        for page in range((min(count, KEYS) + PAGE - 1) // PAGE):
+            source = tail if page == count // PAGE else values + integer_at(pages + page * 8) * block
+            weights = (at + _WEIGHTS + row * KEYS * 2 + page * PAGE * 2, KEYS * 2, 0)
+            for column in range(0, stride - 64, 128):
+                add_products(2, 8, 0, (sums + column, stride), weights, (source + column, stride, 0, 64), some, 1)
+            if stride % 128:
+                last = stride - 64
+                add_products(1, 8, 0, (sums + last, stride), weights, (source + last, stride, 0, 64), some, 1)
 
 
 @part

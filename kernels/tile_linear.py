@@ -1,10 +1,12 @@
-"""Linear on the matrix tiles of AMX: x·Wᵀ + b in bfloat16, the weight laid out once, every tile of it read once.
+"""Linear by tiles: x·Wᵀ + b in bfloat16, the weight laid out once, every tile of it read once.
 
-Numeric contract. An element of the result is one chain: K is walked 32 numbers at a time, in ascending order, into one
-float32 of a tile; the bias is added to it, if there is one, and the sum is rounded to bfloat16. A tile holds 16 rows,
-and no instruction mixes them, so that a row has the same bits in whatever tile it stands, beside whatever, at every
-number of rows, and whichever thread computes it. K and N of any size are padded with zeros, which are laid out with the
-weight; rows that fill a tile up are zero, too, and thrown away.
+By the matrix tiles of AMX where the CPU has them, else by its products of pairs, a few rows at a time.
+
+Numeric contract. An element of the result is one chain: K is walked in ascending order, 32 numbers at a time or two,
+into one float32; the bias is added to it, if there is one, and the sum is rounded to bfloat16. No instruction mixes
+rows, so that a row has the same bits in whatever tile it stands, beside whatever, at every number of rows, and
+whichever thread computes it. K and N of any size are padded with zeros, which are laid out with the weight; rows that
+fill a tile up are zero, too, and thrown away.
 
 A weight lies as the tiles want it, in panels of 32 rows of it, zero beyond the last:
 
@@ -18,6 +20,9 @@ a factor of two with where memory lay: a step of 24 layers, 896 wide, took 0.73 
 for 32 sequences, and 0.65 to 0.78 for a prompt of 512 tokens; most products alone 0.6 to 0.9. A product of 256 x 688 at
 512 rows took 1.0 to 1.3: few panels go by rows that take long to lay out. Up to 128 rows it took 0.7 to 1.05.
 
+By pairs, on a CPU without AMX (Zen 5), the same: weights of 256 to 9,728 rows took 0.7 to 0.9 of the time of
+packed_linear.py up to 32 rows of `x`, 0.9 to 1.05 of it from 128 on.
+
 Threads share out the panels. Imported only where numba is; see engine/models/compiled.py.
 
 Source: Intel, Optimization Reference Manual, 2024, chapter 20 (AMX); Goto and van de Geijn, 2008 (panels).
@@ -27,23 +32,29 @@ from __future__ import annotations
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.compilation import compiled, part
 from kernels.lane_silu_mul import lane_silu_mul, silu_times
 from kernels.lanes import (
+    MOST_ROWS,
     SHAPES_BYTES,
+    add_products,
     claim,
     copy_half,
     copy_sixteen,
+    fill,
     give_tiles_back,
+    has_pairs,
     has_tiles,
     integer_at,
     plus,
     prefetch,
     put_halves,
     put_integer,
+    put_sixteen,
     put_tile,
     rounded,
     sixteen_at,
@@ -58,11 +69,16 @@ from kernels.team import COME, GIVEN, TAKEN, run, scratch, shares, threads_for
 
 ROWS = 16  # of a tile
 DEPTH = 32  # numbers of K in a row of a tile
+PAIRS = DEPTH // 2
 TILE = 1024  # bytes
 PANEL = 32  # rows of the weight
 PAIR = 2 * ROWS  # rows of `x` that a tile of the weight is read once for
 HELD = 1 << 20  # bytes of `x` laid out at a time, about: the second cache keeps them beside two panels
 LINE = 64  # bytes of a cache's line
+AHEAD = 3 << 12  # bytes of the weight, for products of pairs: the CPU alone keeps too few on their way
+NEAR = 8  # chunks of a panel that the first cache keeps, beside 32 rows of `x`, for products of pairs
+
+_ZERO = np.float32(0)
 
 # Eight whole tiles.
 _TILE_BYTES = 64 << 48 | 64 << 32 | 64 << 16 | 64  # of a row, of four
@@ -143,7 +159,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, gated: bool
     space = scratch(threads * size)
     out = torch.empty(rows, width, dtype=torch.bfloat16)
     run(
-        _kernel(),
+        _kernel(has_tiles()),
         threads,
         -(-rows // most) * -(-panels // together),
         together,
@@ -163,13 +179,19 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, gated: bool
 
 
 @cache
-def _kernel() -> int:
-    if not has_tiles():  # the system ends a process that has not asked for them
-        raise RuntimeError("this CPU has no matrix tiles for bfloat16; ask `has_tiles` first")
-    return compiled(_multiply)
+def _kernel(tiles: bool) -> int:
+    if not has_pairs():
+        raise RuntimeError("this CPU does not multiply pairs of bfloat16; ask `has_pairs` first")
+    by_tiles = int(tiles)
+
+    def multiply(data: int) -> None:
+        _multiply(data, by_tiles)
+
+    return compiled(multiply)
 
 
-def _multiply(data: int) -> None:
+@part
+def _multiply(data: int, tiles: int) -> None:
     """Items are shares of the panels, by the first rows, then by the next; a thread lays out rows when it meets them.
 
     It may miss some, if others take all the shares.
@@ -179,7 +201,8 @@ def _multiply(data: int) -> None:
     most, together = integer_at(data + _AT_A_TIME), integer_at(data + _TOGETHER)
     chunks, panels = (depth + DEPTH - 1) // DEPTH, (width + PANEL - 1) // PANEL
     parts, next_row = (panels + together - 1) // together, 0
-    take_tiles(at + _SHAPES, _TILE_BYTES, _TILE_BYTES, _TILE_ROWS)
+    if tiles:
+        take_tiles(at + _SHAPES, _TILE_BYTES, _TILE_BYTES, _TILE_ROWS)
     item = claim(data + TAKEN)
     while item < integer_at(data + _ITEMS):
         first, begin = item // parts * most, item % parts * together
@@ -188,9 +211,10 @@ def _multiply(data: int) -> None:
             _lay_out_rows(at + _LAID_OUT, integer_at(data + _X) + first * depth * 2, count, depth, chunks)
             next_row = first + count
         for panel in range(begin, min(begin + together, panels)):
-            _multiply_panel(at, data, panel, first, count, chunks)
+            _multiply_panel(at, data, panel, first, count, chunks, tiles)
         item = claim(data + TAKEN)
-    give_tiles_back(at + _SHAPES)
+    if tiles:
+        give_tiles_back(at + _SHAPES)
 
 
 @part
@@ -222,7 +246,7 @@ def _copy(to: int, source: int, count: int) -> None:
 
 
 @part
-def _multiply_panel(at: int, data: int, panel: int, first: int, rows: int, chunks: int) -> None:
+def _multiply_panel(at: int, data: int, panel: int, first: int, rows: int, chunks: int, tiles: int) -> None:
     """A panel, by the rows that are laid out, which are `x`'s from `first` on."""
     width, bias, panel_bytes = integer_at(data + _N), integer_at(data + _ADDED), chunks * 2 * TILE
     weight, gated = integer_at(data + _WEIGHT) + panel * panel_bytes, integer_at(data + _GATED)
@@ -239,7 +263,11 @@ def _multiply_panel(at: int, data: int, panel: int, first: int, rows: int, chunk
         for row in range(count):
             prefetch(to + row * width * 2)
         for side in range(2 if gated else 1):
-            _sum(at, weight + side * (width // PANEL) * panel_bytes, pair, count, chunks, lines, side)
+            from_side = weight + side * (width // PANEL) * panel_bytes
+            if tiles:
+                _sum(at, from_side, pair, count, chunks, lines, side)
+            else:
+                _sum_pairs(at, from_side, pair, count, chunks, side)
         for row in range(count):
             sums = at + _SUMS + row * PANEL * 4
             if gated:
@@ -298,6 +326,26 @@ def _sum_one(sums: int, above: int, weight: int, chunks: int, wanted: int, lines
             prefetch(wanted + line * LINE)
     put_tile(0, sums, PANEL * 4)
     put_tile(1, sums + 64, PANEL * 4)
+
+
+@part
+def _sum_pairs(at: int, weight: int, pair: int, rows: int, chunks: int, side: int) -> None:
+    """What `_sum` does, without tiles: a few rows at a time go by the chunks that are near."""
+    above, sums = at + _LAID_OUT + pair * 2 * chunks * TILE, at + _SUMS + side * _SUMS_BYTES
+    for place in range(sums, sums + rows * PANEL * 4, 64):
+        put_sixteen(place, fill(_ZERO))
+    for chunk in range(0, chunks, NEAR):
+        for row in range(0, rows, MOST_ROWS):
+            add_products(
+                2,
+                PAIRS,
+                AHEAD,
+                (sums + row * PANEL * 4, PANEL * 4),
+                (above + (row // ROWS * chunks + chunk) * TILE + row % ROWS * LINE, LINE, TILE),
+                (weight + chunk * 2 * TILE, LINE, 2 * TILE, TILE),
+                min(MOST_ROWS, rows - row),
+                min(NEAR, chunks - chunk),
+            )
 
 
 @part

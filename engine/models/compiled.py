@@ -14,7 +14,7 @@ from kernels.linear import Linear, Pack
 def compiled_arithmetic(config: DecoderConfig, products: Collection[str]) -> type[CpuArithmetic] | None:
     """Return the compiled arithmetic for a model whose products were chosen by these names.
 
-    None where there is no numba, or no AMX, or it does not serve the model.
+    None where there is no numba, or no bfloat16 in the CPU, or it does not serve the model.
     """
     try:
         from engine.models.compiled_arithmetic import CompiledArithmetic, CompiledThroughout, serves
@@ -32,20 +32,23 @@ class CompiledProduct(NamedTuple):
 
 
 def compiled_products() -> Mapping[str, CompiledProduct]:
-    """Return the compiled products by name: none where there is no numba, or no AMX."""
+    """Return the compiled products by name: none where there is no numba, or no bfloat16 in the CPU."""
     try:
-        from kernels.lanes import has_tiles
+        from kernels.lanes import has_pairs
         from kernels.tile_linear import lay_out, tile_linear, tile_silu_mul
     except ImportError:
         return {}
-    return {"tiles": CompiledProduct(tile_linear, lay_out, tile_silu_mul)} if has_tiles() else {}
+    return {"tiles": CompiledProduct(tile_linear, lay_out, tile_silu_mul)} if has_pairs() else {}
 
 
 def compiled_policy() -> Mapping[str, object]:
     """Return what the numeric policy says of compiled kernels beside their sources."""
     from llvmlite import binding
 
+    from kernels.lanes import has_tiles
+
     return {
+        "products": "tiles" if has_tiles() else "pairs",
         "numba": metadata.version("numba"),
         "llvmlite": metadata.version("llvmlite"),
         "llvm": ".".join(map(str, binding.llvm_version_info)),

@@ -1,4 +1,4 @@
-"""The arithmetic of a CPU with AMX where numba is: what is not a product is compiled, and attention gathers nothing.
+"""The arithmetic of a CPU that multiplies bfloat16, where numba is: compiled, and attention gathers nothing.
 
 Products are cpu_arithmetic.py's. Blocks of a bfloat16 cache are laid out for tile_attention.py; a cache of float8 is
 cpu_arithmetic.py's, too. Imported only where numba is; see compiled.py.
@@ -16,7 +16,7 @@ from engine.models.cpu_arithmetic import CpuArithmetic, Gated, StepInputs
 from engine.models.decoder import DecoderConfig
 from engine.models.repeated_pass import MOST_TOKENS, Layers, RepeatedPasses
 from kernels import lane_rms_norm, lane_silu_mul, tile_attention, tile_rope_store
-from kernels.lanes import has_tiles
+from kernels.lanes import has_pairs
 from kernels.linear import Linear, Pack
 from kernels.paged_attention import Segment
 from kernels.rope_store import HeadNorm
@@ -72,7 +72,7 @@ def serves(config: DecoderConfig) -> bool:
     """Return whether a model's sizes are computed by the compiled kernels, and here, and invariantly."""
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     return (
-        has_tiles()
+        has_pairs()
         and tile_attention.takes(heads, groups, size)
         and lane_rms_norm.takes(config.hidden_size)
         and lane_silu_mul.takes(config.intermediate_size)

@@ -21,9 +21,9 @@ from engine.request import SamplingParams
 pytest.importorskip("numba")
 
 from engine.models.compiled_arithmetic import CompiledThroughout
-from kernels.lanes import has_tiles
+from kernels.lanes import has_pairs
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="this CPU has no AMX")
+pytestmark = pytest.mark.skipif(not has_pairs(), reason="this CPU has no bfloat16")
 
 SAID = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 BLOCKS = 64

@@ -1,4 +1,4 @@
-"""Attention by matrix tiles: equal to the slow version, the same bits however it is asked, blind beyond a context."""
+"""Attention by tiles: equal to the slow version, the same bits however it is asked, blind beyond a context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.support.poison import among_nan
 
 pytest.importorskip("numba")
 
-from kernels.lanes import has_tiles
 from kernels.tile_attention import (
     KEYS,
     as_tiles,
@@ -26,7 +25,7 @@ from kernels.tile_attention import (
     verify_invariance,
 )
 
-pytestmark = pytest.mark.skipif(not has_tiles(), reason="this CPU has no AMX")
+pytestmark = pytest.mark.usefixtures("multiplied_by")
 heads_of_sizes = pytest.mark.parametrize(
     ("heads", "groups", "size"),
     [(4, 2, 16), (3, 1, 32), (7, 7, 48), (14, 2, 64), (10, 5, 80), (16, 1, 96), (2, 1, 128), (2, 2, 240), (2, 1, 256)],

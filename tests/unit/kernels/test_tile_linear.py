@@ -3,7 +3,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.lanes import has_tiles
 from kernels.linear import linear_reference, verify_invariance
 from kernels.shape import ShapeError
 
@@ -12,8 +11,7 @@ pytest.importorskip("numba")
 from kernels.lane_silu_mul import lane_silu_mul
 from kernels.tile_linear import HELD, PAIR, lay_out, tile_linear, tile_silu_mul
 
-if not has_tiles():
-    pytest.skip("this processor has no tiles", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("multiplied_by")
 
 UGLY = [(67, 173), (33, 8), (1, 1), (32, 33), (48, 31), (95, 688), (64, 64)]
 ROWS = [*range(1, 71), 129, 257]
