@@ -75,7 +75,7 @@ PANEL = 32  # rows of the weight
 PAIR = 2 * ROWS  # rows of `x` that a tile of the weight is read once for
 HELD = 1 << 20  # bytes of `x` laid out at a time, about: the second cache keeps them beside two panels
 LINE = 64  # bytes of a cache's line
-AHEAD = 3 << 12  # bytes of the weight, for products of pairs: the CPU alone keeps too few on their way
+AHEAD = 5 << 12  # bytes of the weight, for products of pairs: the CPU alone keeps too few on their way
 NEAR = 8  # chunks of a panel that the first cache keeps, beside 32 rows of `x`, for products of pairs
 
 _ZERO = np.float32(0)
@@ -330,12 +330,16 @@ def _sum_one(sums: int, above: int, weight: int, chunks: int, wanted: int, lines
 
 @part
 def _sum_pairs(at: int, weight: int, pair: int, rows: int, chunks: int, side: int) -> None:
-    """What `_sum` does, without tiles: a few rows at a time go by the chunks that are near."""
+    """What `_sum` does, without tiles: a few rows at a time go by the chunks that are near.
+
+    At least twice, if it is no single row: while the later ones go by chunks that are here, the next are on their way.
+    """
     above, sums = at + _LAID_OUT + pair * 2 * chunks * TILE, at + _SUMS + side * _SUMS_BYTES
     for place in range(sums, sums + rows * PANEL * 4, 64):
         put_sixteen(place, fill(_ZERO))
+    few = min(MOST_ROWS, (rows + 1) // 2)
     for chunk in range(0, chunks, NEAR):
-        for row in range(0, rows, MOST_ROWS):
+        for row in range(0, rows, few):
             add_products(
                 2,
                 PAIRS,
@@ -343,7 +347,7 @@ def _sum_pairs(at: int, weight: int, pair: int, rows: int, chunks: int, side: in
                 (sums + row * PANEL * 4, PANEL * 4),
                 (above + (row // ROWS * chunks + chunk) * TILE + row % ROWS * LINE, LINE, TILE),
                 (weight + chunk * 2 * TILE, LINE, 2 * TILE, TILE),
-                min(MOST_ROWS, rows - row),
+                min(few, rows - row),
                 min(NEAR, chunks - chunk),
             )
 
