@@ -31,6 +31,7 @@ from engine.sequence import Sequence, SequenceStatus
 from engine.waiting import WaitingQueue
 
 MOST_GUESSES = 8  # tokens of one sequence computed on trial in a step
+MOST_PAUSES = 4  # steps in a row; each is made up for by one without
 LOOKED_AT_CHUNK = 128  # tokens of one sequence a step, where each is followed by a look at all it might have been
 NOTHING_READ = Reading()
 
@@ -50,7 +51,8 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._running: list[Sequence] = []  # oldest first
         self._waiting = WaitingQueue(limits.max_sequences)
-        self._paused = False  # some keys, in this step
+        self._paused = False  # who is above a share, in this step
+        self._pauses_left = MOST_PAUSES
         self.admitted: list[Sequence] = []  # by the latest plan
         self._planned: list[tuple[Sequence, RowPlan]] = []  # what the step under way computes
         self._filling: set[bytes] = set()  # keys of the blocks that prefills of the step under way will fill
@@ -102,12 +104,13 @@ class Scheduler:
         self._filling.clear()
         self._known = self._arrivals
         self._make_room()
-        self._paused = not self._paused and self._someone_reads()
+        self._paused = self._pauses_left > 0 and self._someone_reads()
         rows: list[RowPlan] = []
         self._plan_waiting(rows, self._plan_running(rows))
         if not rows and self._paused:  # who was waited for could not begin
             self._paused = False
             self._plan_waiting(rows, self._plan_running(rows))
+        self._pauses_left = min(MOST_PAUSES, self._pauses_left + (-1 if self._paused else 1))
         return StepPlan(tuple(rows)) if rows else None
 
     def commit(self, result: StepResult) -> list[tuple[Sequence, Tokens]]:

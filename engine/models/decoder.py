@@ -243,11 +243,13 @@ class Decoder(Generic[Inputs]):
         compute = self._arithmetic
         fused = compute.product(inputs, layer.qkv, normed)
         query = compute.rotate_and_store(inputs, fused, layer.head_norm, rotation, cache)
+        inputs.give_way()
         attended = compute.attention(inputs, query, cache, self.config.head_dim**-0.5)
         return compute.product(inputs, layer.o, attended.reshape(len(normed), -1))
 
     def _feed(self, layer: Layer, normed: Tensor, inputs: Inputs) -> Tensor:
         inner = self._arithmetic.gated_product(inputs, layer.gate_up, normed)
+        inputs.give_way()
         return self._arithmetic.product(inputs, layer.down, inner)
 
 

@@ -19,7 +19,7 @@ from kernels.team import recorded
 
 MOST_TOKENS = 32  # of a step: more keep the kernels busy for longer than what is between them
 MOST_PASSES = 8  # kept, those that were wanted last
-BETWEEN = 16  # kernels, about two layers: then a step may give way
+BETWEEN = 8  # kernels, about a layer: then a step may give way
 
 Layers = Callable[[StepInputs, Rotation, Tensor, Sequence[KVCache]], Tensor]
 

@@ -7,7 +7,7 @@ import pytest
 from engine.blocks import BlockPool, Defect
 from engine.plan import StepPlan, StepResult
 from engine.request import EngineOverloaded, GenerationRequest, RequestRefused, TokenLogprob
-from engine.scheduler import Scheduler, StepMismatch
+from engine.scheduler import MOST_PAUSES, Scheduler, StepMismatch
 from engine.sequence import Sequence, SequenceStatus
 from tests.support.engine_core import make_limits, make_prompt, make_request
 
@@ -225,9 +225,9 @@ def test_planning_twice_without_a_commit_is_our_error_unless_the_plan_is_dropped
     assert shape(step(scheduler)) == [(0, 5, True)]
 
 
-def flooded(sequences: int = 4) -> Scheduler:
+def flooded(sequences: int = 4, **limits: int) -> Scheduler:
     """A scheduler whose places are all one key's, decoding."""
-    scheduler = make_scheduler(blocks=64, max_sequences=sequences)
+    scheduler = make_scheduler(blocks=64, max_sequences=sequences, **limits)
     for number in range(sequences + 2):
         scheduler.add(replace(request(number, 5, max_tokens=30), fairness_key="flood"))
     step(scheduler)
@@ -245,6 +245,18 @@ def test_a_step_of_who_has_more_than_a_share_gives_way_to_who_comes_and_the_next
     assert shape(scheduler.plan()) == [(0, 20, True)]  # the newcomer's prompt alone
     scheduler.add(replace(request(11, 20, max_tokens=3), fairness_key="another"))
     assert not scheduler.gives_way  # twice in a row would be for ever
+
+
+def test_who_has_more_than_a_share_waits_for_anothers_prompt_and_makes_up_for_each_step_that_it_waited() -> None:
+    scheduler = flooded(chunk_tokens=8)
+    scheduler.add(replace(request(10, 150, max_tokens=3), fairness_key="quiet"))
+    waits = []
+    for _ in range(16):
+        lengths = [len(row.tokens) for row in step(scheduler).rows]
+        assert 8 in lengths  # the prompt is read in every step
+        waits.append(lengths == [8])
+    assert waits[:MOST_PAUSES] == [True] * MOST_PAUSES
+    assert waits[MOST_PAUSES:] == [False, True] * 6
 
 
 def test_a_step_gives_way_neither_to_its_own_key_nor_where_nobody_has_too_much() -> None:
