@@ -1,16 +1,21 @@
 """What governance costs: the gateway with everything on, against the bare engine behind the same HTTP layer.
 
-    python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--commit-delay-ms 1] [--requests 96]
+    python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--shape half-billion] [--commit-delay-ms 1]
+                                             [--requests 96]
 
 Both servers run in processes of their own, in turn, with the load client in a third; TTFT, throughput and their ratios
-at concurrency 1, 8 and 32, streamed. With the scripted engine, which answers at once, also what is asked of a gateway
-alone: short answers in one piece, a second, and engine steps of long streamed answers, a second; steps that wait
-together leave as one chunk. Also the governed server's resident memory. Asserts nothing.
+at concurrency 1, 8 and 32, streamed. Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one
+length, all would end in the same step, and the next be asked together. `--shape` puts a model of random weights in the
+place of the demonstration model, as bench_peers draws it. With the scripted engine, which answers at once, also what is
+asked of a gateway alone: short answers in one piece, a second, and engine steps of long streamed answers, a second;
+steps that wait together leave as one chunk. Also the governed server's resident memory. Asserts nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,7 +28,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from tests.benchmarks.load import Load, run_load
+from tests.benchmarks.checkpoint import SHAPES, write_checkpoint
+from tests.benchmarks.load import QUESTION, Load, run_load
 from tests.benchmarks.machine import describe_machine
 from tests.support.server import free_port
 from tests.support.tenant import MODEL
@@ -70,15 +76,25 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
+    parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--commit-delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        _measure(arguments, Path(directory))
+
+
+def _measure(arguments: argparse.Namespace, directory: Path) -> None:
     print(describe_machine())
-    print(f"engine: {arguments.engine}; {arguments.requests} streamed requests of {arguments.max_tokens} tokens; "
-          f"commit delayed by {arguments.commit_delay_ms:g} ms")  # fmt: skip
+    print(f"engine: {arguments.shape or arguments.engine}; {arguments.requests} streamed requests, "
+          f"{arguments.max_tokens} tokens in the mean; commit delayed by {arguments.commit_delay_ms:g} ms")  # fmt: skip
     print(f"{'concurrency':>11} {'server':>9} {'ttft p50':>9} {'p99':>8} {'tokens/s':>9} {'chunks/s':>9} {'req/s':>7}")
     options = ["--engine", arguments.engine]
+    if arguments.shape is not None:
+        write_checkpoint(arguments.shape, directory / "model")
+        options += ["--model", str(directory / "model")]
+    workload = _draw_lengths(directory / "workload", arguments.requests, arguments.max_tokens)
     with (
         served("bare", options) as bare,
         served("governed", [*options, "--commit-delay-ms", str(arguments.commit_delay_ms)]) as governed,
@@ -86,7 +102,7 @@ def main() -> None:
         for concurrency in (1, 8, 32):
             requests = arguments.requests if concurrency > 1 else max(8, arguments.requests // 4)
             loads = {
-                name: run_load(one.url, one.token_file, MODEL, concurrency, requests, arguments.max_tokens)
+                name: run_load(one.url, one.token_file, MODEL, concurrency, requests, workload=workload)
                 for name, one in (("bare", bare), ("governed", governed))
             }
             for name, load in loads.items():
@@ -95,6 +111,13 @@ def main() -> None:
         if arguments.engine == "scripted":
             _print_limits(bare, governed, arguments.requests)
         print(f"governed server: {governed.resident_mib:.0f} MiB resident; bare: {bare.resident_mib:.0f} MiB")
+
+
+def _draw_lengths(file: Path, requests: int, mean: int) -> Path:
+    rng = random.Random(5)
+    lengths = [rng.randint(-(-mean // 4), 7 * mean // 4) for _ in range(requests)]
+    file.write_text("".join(json.dumps({"text": QUESTION, "max_tokens": length}) + "\n" for length in lengths))
+    return file
 
 
 def _print_limits(bare: Served, governed: Served, requests: int) -> None:
