@@ -199,8 +199,12 @@ class Release:
     async def _journal_and_send(self) -> bool:
         """Return whether there was something to journal.
 
-        If this is cancelled in the middle, the pieces stay unsent, and `send_rest` sends them.
+        Once every choice has its end the closing record is next, holds all that waits, and would wait for what is
+        journaled before it: nothing more is. If this is cancelled in the middle, the pieces stay unsent, and
+        `send_rest` sends them.
         """
+        if all(state.finish_reason is not None for state in self._choices):
+            return False
         confirmations: list[Awaitable[None]] = []
         for index, state in enumerate(self._choices):
             self._inspect(index)

@@ -20,6 +20,7 @@ import httpx
 import orjson
 import pytest
 from fastapi import FastAPI
+from sqlalchemy import Connection, event
 from starlette.types import ASGIApp
 
 from audit.records import RecordType
@@ -191,6 +192,29 @@ def test_no_output_leaves_before_it_is_on_record(
     assert [(answer.status, answer.error, answer.done) for answer in answers] == [(200, None, True)] * 3
     assert gates[0].chunks > 6
     assert whole["choices"][0]["message"]["content"] == PROSE
+
+
+def test_what_comes_with_its_end_waits_for_its_closing_record_alone(tmp_path: Path) -> None:
+    tap = Tap()
+    journaled: list[int] = []  # rows in the journal, at each commit
+
+    def look(connection: Connection) -> None:
+        journaled.append(connection.exec_driver_sql("SELECT count(*) FROM journal").scalar_one())
+        if journaled[-1]:
+            tap.let(1_000)
+
+    def most_journaled(data: Path, engine: ScriptedEngine) -> int:
+        with running_gateway(data, engine) as gateway:
+            event.listen(gateway.rooms.log.database.writer, "commit", look)
+            (answer,) = asyncio.run(stream_many(gateway.url, gateway.credential(), MODEL, ["a"]))
+            assert (answer.done, len(answer.text)) == (True, 500)
+        most = max(journaled)
+        journaled.clear()
+        return most
+
+    tap.let(40)
+    assert most_journaled(tmp_path / "in parts", ScriptedEngine(lambda prompt: "word " * 100, step=tap.step)) > 0
+    assert most_journaled(tmp_path / "at once", ScriptedEngine(lambda prompt: "word " * 100)) == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

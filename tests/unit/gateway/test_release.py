@@ -270,6 +270,22 @@ async def test_an_answer_that_nobody_pumps_is_halted_before_it_has_grown_long() 
     assert bench.release.output() == [""]
 
 
+async def test_once_every_choice_has_its_end_nothing_more_is_journaled() -> None:
+    bench = Bench(Passing(), Passing())
+    pump = asyncio.create_task(bench.release.pump())
+    bench.release.add(0, "left")
+    bench.release.finish(0, "stop")
+    await turn()
+    assert (bench.sent(0), bench.journal.text(0)) == ("left", "left")  # the other one may go on for long
+    bench.release.add(1, "right")
+    bench.release.finish(1, "stop")
+    await asyncio.sleep(REST_S * 2)
+    assert (bench.sent(1), bench.journal.text(1)) == ("", "")
+    await cancelled(pump)
+    bench.release.send_rest()
+    assert (bench.sent(0), bench.sent(1)) == ("left", "right")
+
+
 async def test_log_probabilities_wait_for_held_text() -> None:
     bench = Bench(Passing(hold=4))
     pump = asyncio.create_task(bench.release.pump())
