@@ -11,7 +11,6 @@ from kernels.paged_attention import (
     Segment,
     merge_state,
     paged_attention,
-    segment_fused,
     segment_tiled,
     soft_capped,
     verify_invariance,
@@ -20,6 +19,27 @@ from kernels.shape import ShapeError
 from tests.support.attention_world import PAGE, World
 
 segments = pytest.mark.parametrize("segment", SEGMENTS.values(), ids=SEGMENTS.keys())
+
+
+def skip_unless_taken(segment: Segment, groups: int, size: int) -> None:
+    if not verify_invariance(segment, groups, size, torch.bfloat16):
+        assert segment is not SEGMENTS["tiled"]  # the last resort, which holds everywhere
+        pytest.skip("the library is not invariant here for these heads, and the engine would not take it")
+
+
+def steady(
+    tiles: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segment attention in which every row is computed alone, as the rows of a tile of its own."""
+    count, groups, rows, size = tiles.shape
+    alone = tiles.transpose(1, 2).reshape(count * rows, groups, 1, size).expand(-1, -1, ROWS, -1)
+    if mask is not None:
+        mask = mask.expand(count, 1, rows, -1).reshape(count * rows, 1, 1, -1).expand(-1, -1, ROWS, -1)
+    own_keys, own_values = (one.repeat_interleave(rows, dim=0) for one in (keys, values))
+    out, logsum = segment_tiled(alone, own_keys, own_values, mask, scale)
+    back = (one[:, :, 0].view(count, rows, groups, -1).transpose(1, 2) for one in (out, logsum[..., None]))
+    found, sums = back
+    return found.contiguous(), sums.squeeze(-1).contiguous()
 
 
 @segments
@@ -57,6 +77,7 @@ def test_windows_caps_and_sinks_equal_the_reference(segment: Segment, window: in
 @segments
 @pytest.mark.parametrize("window", WINDOWS)
 def test_windows_caps_and_sinks_keep_the_bits_of_a_row(segment: Segment, window: int | None) -> None:
+    skip_unless_taken(segment, 2, 16)
     length = 2 * SEGMENT + 9
     world = World([length, 70], 6, 2, 16)
     softcap, sinks = featured(window, 6)
@@ -83,9 +104,7 @@ def test_what_left_the_window_is_not_read() -> None:
 @segments
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (3, 1, 10), (8, 8, 34), (16, 1, 64)])
 def test_decode_equals_prefill_equals_chunks_in_bits(segment: Segment, heads: int, groups: int, size: int) -> None:
-    if not verify_invariance(segment, groups, size, torch.bfloat16):
-        assert segment is not SEGMENTS["tiled"]  # the last resort, which holds everywhere
-        pytest.skip("the library is not invariant here for these heads, and the engine would not take it")
+    skip_unless_taken(segment, groups, size)
     length = 2 * SEGMENT + 9
     world = World([length, 70], heads, groups, size)
     whole = world.attend([(0, 0, length)], segment)
@@ -137,7 +156,7 @@ def test_a_segment_that_looks_at_its_neighbours_is_found_out() -> None:
 
 def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> None:
     def counting(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = segment_fused(tiles, *others)  # type: ignore[arg-type]
+        out, logsum = steady(tiles, *others)  # type: ignore[arg-type]
         return out, logsum + 2**-12 * (tiles.shape[2] == 7)
 
     assert verify_invariance(Segment(counting, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
@@ -146,11 +165,31 @@ def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> Non
 
 def test_a_segment_whose_bits_depend_on_a_prompt_going_in_one_piece_is_found_out() -> None:
     def counting(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = segment_fused(tiles, *others)  # type: ignore[arg-type]
+        out, logsum = steady(tiles, *others)  # type: ignore[arg-type]
         return out, logsum + 2**-12 * (tiles.shape[2] > 768)
 
     assert verify_invariance(Segment(counting, any_rows=True, many_rows=False), 1, 16, torch.bfloat16)
     assert not verify_invariance(Segment(counting, any_rows=True, many_rows=True), 1, 16, torch.bfloat16)
+
+
+def test_a_segment_whose_bits_depend_on_the_number_of_keys_is_found_out() -> None:
+    def counting(tiles: torch.Tensor, keys: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = steady(tiles, keys, *others)  # type: ignore[arg-type]
+        return out, logsum + 2**-12 * (keys.shape[2] == 5 * 64)
+
+    assert not verify_invariance(Segment(counting, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
+
+
+def test_a_segment_that_adds_up_in_another_order_for_some_numbers_of_keys_is_found_out() -> None:
+    def reordering(
+        tiles: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if keys.shape[2] == 4 * 64:
+            keys, values = keys.flip(2), values.flip(2)
+            mask = None if mask is None else mask.flip(-1)
+        return segment_tiled(tiles, keys, values, mask, scale)
+
+    assert not verify_invariance(Segment(reordering, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
 
 
 def test_merging_an_empty_state_changes_no_bit() -> None:
