@@ -185,7 +185,11 @@ def test_no_output_leaves_before_it_is_on_record(
         await asyncio.sleep(max(0.002, 0.0005 * chunk))  # uvloop does not wait for less than a millisecond
 
     engine = TrailingEngine(lambda prompt: PROSE, step=step, chunk=chunk)
-    with running_gateway(tmp_path, engine, obligations=obligations, sections=sections, around=around) as gateway:
+    # The witness looks from the gateway's own loop, at every chunk: on a busy machine a commit is confirmed late.
+    patient = {"audit__append_timeout_s": 60}
+    with running_gateway(
+        tmp_path, engine, obligations=obligations, sections=sections, around=around, **patient
+    ) as gateway:
         answers = asyncio.run(stream_many(gateway.url, gateway.credential(), MODEL, ["a", "b", "c"], **asked))
         whole = Hand(gateway, "app").post("/v1/chat/completions", body("d", **asked)).json()
     assert not gates[0].breaches, gates[0].breaches[:3]

@@ -154,11 +154,11 @@ def _bearer(server: ServerProcess, role: str) -> dict[str, str]:
 @pytest.mark.parametrize("stream", [True, False])
 def test_what_does_not_end_while_draining_is_closed_on_record_before_the_log_is(tmp_path: Path, stream: bool) -> None:
     engine = load_engine(EngineConfig(model=model_directory(), threads=1, compiled=False, kv_cache_mib=16))
-    long = {**CHAT, "max_tokens": 900, "ignore_eos": True, "stream": stream}
+    long = {**CHAT, "max_tokens": 900, "ignore_eos": True, "stream": stream, "n": 16}  # seconds, on any machine
     with running_gateway(tmp_path, engine, server__drain_timeout_s=0.2) as gateway:
         asking = threading.Thread(target=_ask_until_cut_off, args=(Hand(gateway, "app"), long), daemon=True)
         asking.start()
-        until(lambda: engine.health().running == 1, "the engine was not asked")
+        until(lambda: engine.health().running >= 1, "the engine was not asked")
     with create_engine(gateway.rooms.settings.database_url).connect() as connection:
         (status,) = connection.execute(text("SELECT status FROM request_index")).scalars()
     assert status == ("cancelled" if stream else "failed")

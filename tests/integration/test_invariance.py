@@ -252,9 +252,9 @@ def test_what_is_read_of_a_prompt_depends_on_nothing_else(
 
 @pytest.mark.parametrize("layer", [1, 2, 3, 4])
 def test_steps_given_up_between_layers_for_who_came_change_no_bit(model: LoadedModel, layer: int) -> None:
-    """One key floods; others ask, at every third step or so, when it has come to `layer`."""
+    """One key floods; others ask, at every third step or so, when it has come to a quarter of the first layer."""
     core = model_core(model, 1024, max_sequences=8, token_budget=200, chunk_tokens=64)
-    layers = 2 * model.config.num_hidden_layers  # half ones: a step may be given up within, too
+    layers = 4 * model.config.num_hidden_layers  # quarters: a step may be given up within, too
     outputs = {request.request_id: Output() for request in others(40)}
     for request in others(40):
         core.add(replace(request, fairness_key="flood"))

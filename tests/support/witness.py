@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +29,29 @@ class Witness:
         self._path: Path = rooms.settings.data_dir / "probity.sqlite3"
 
     def leaves(self, request_id: str) -> list[Leaf]:
-        rows = self._rows("SELECT bytes FROM leaf WHERE request_id = ? ORDER BY writer_seq", request_id)
-        return [Leaf.parse(row[0]) for row in rows]
+        with self._look() as connection:
+            return _leaves(connection, request_id)
 
     def received_prompt(self, request_id: str) -> str | None:
         """Return the prompt for the model of the committed `request.received`, or None."""
-        received = [leaf for leaf in self.leaves(request_id) if leaf.type is RecordType.REQUEST_RECEIVED]
-        return self._part(received[0], "prompt_to_model").decode() if received else None
+        with self._look() as connection:
+            found = _leaves(connection, request_id)
+            received = [leaf for leaf in found if leaf.type is RecordType.REQUEST_RECEIVED]
+            return self._part(connection, received[0], "prompt_to_model").decode() if received else None
 
     def texts(self, request_id: str) -> dict[int, str]:
         return self.on_record(request_id)[0]
 
     def on_record(self, request_id: str) -> tuple[dict[int, str], dict[int, list[Told]]]:
         """Return the text of each choice and what is told of its tokens: of the closing record, else of the journal."""
-        connection = sqlite3.connect(self._path)
-        try:
-            connection.execute("BEGIN")  # one moment for both
-            closing = [leaf for leaf in self.leaves(request_id) if leaf.type in CLOSING]
+        with self._look() as connection:
+            closing = [leaf for leaf in _leaves(connection, request_id) if leaf.type in CLOSING]
+            if closing:
+                return self._closed(connection, closing[0])
             query = "SELECT sequence, choice, sealed FROM journal WHERE request_id = ? ORDER BY sequence"
             segments = connection.execute(query, (request_id,)).fetchall()
-            closing = closing or [leaf for leaf in self.leaves(request_id) if leaf.type in CLOSING]
-        finally:
-            connection.close()
-        if closing:
-            whole = dict(enumerate(json.loads(self._part(closing[0], "output"))))
-            asked = any(part.name == "logprobs" for part in closing[0].parts)
-            told = json.loads(self._part(closing[0], "logprobs"))["choices"] if asked else []
-            return whole, {choice: [_told(*one) for one in entries] for choice, entries in enumerate(told)}
-        ((key_id,),) = self._rows("SELECT key_id FROM request_index WHERE request_id = ?", request_id)
+            query = "SELECT key_id FROM request_index WHERE request_id = ?"
+            ((key_id,),) = connection.execute(query, (request_id,)).fetchall()
         key = self._data_key(str(key_id))
         texts: dict[int, str] = {}
         tokens: dict[int, list[Told]] = {}
@@ -66,9 +62,15 @@ class Witness:
             tokens.setdefault(choice, []).extend(_told(*one) for one in json.loads(behind or b"[]"))
         return texts, tokens
 
-    def _part(self, leaf: Leaf, name: str) -> bytes:
+    def _closed(self, connection: sqlite3.Connection, leaf: Leaf) -> tuple[dict[int, str], dict[int, list[Told]]]:
+        whole = dict(enumerate(json.loads(self._part(connection, leaf, "output"))))
+        asked = any(part.name == "logprobs" for part in leaf.parts)
+        told = json.loads(self._part(connection, leaf, "logprobs"))["choices"] if asked else []
+        return whole, {choice: [_told(*one) for one in entries] for choice, entries in enumerate(told)}
+
+    def _part(self, connection: sqlite3.Connection, leaf: Leaf, name: str) -> bytes:
         query = "SELECT key_id, nonce, ciphertext FROM content WHERE record_id = ? AND part = ?"
-        ((key_id, nonce, ciphertext),) = self._rows(query, leaf.record, name)
+        ((key_id, nonce, ciphertext),) = connection.execute(query, (leaf.record, name)).fetchall()
         committed = next(part for part in leaf.parts if part.name == name)
         sealed = SealedPart(bytes.fromhex(committed.com), bytes.fromhex(committed.ct), nonce, ciphertext)
         return open_part(self._data_key(key_id), self._tenant, leaf.record, name, sealed).plaintext
@@ -76,12 +78,20 @@ class Witness:
     def _data_key(self, key_id: str) -> bytes:
         return self._log.keyring.encryption.unwrap(self._tenant, self._log.keystore.get(key_id).wrapped)
 
-    def _rows(self, query: str, *values: str) -> Sequence[tuple[object, ...]]:
-        connection = sqlite3.connect(self._path)
+    @contextmanager
+    def _look(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection on which all queries see one moment."""
+        connection = sqlite3.connect(self._path, isolation_level=None)
         try:
-            return connection.execute(query, values).fetchall()
+            connection.execute("BEGIN")
+            yield connection
         finally:
             connection.close()
+
+
+def _leaves(connection: sqlite3.Connection, request_id: str) -> list[Leaf]:
+    query = "SELECT bytes FROM leaf WHERE request_id = ? ORDER BY writer_seq"
+    return [Leaf.parse(row[0]) for row in connection.execute(query, (request_id,)).fetchall()]
 
 
 Told = tuple[bytes, float, tuple[tuple[bytes, float], ...]]  # a scripted token is a byte
