@@ -44,7 +44,7 @@ def test_an_io_error_under_the_log_ends_the_process_by_name_and_nothing_unrecord
 
 async def _ask_until_it_ends(server: ServerProcess) -> list[Seen]:
     credential = (server.data / "app.jwt").read_text()
-    seen: list[Seen] = []
+    seen = await stream_many(server.url, credential, MODEL, ["question"])  # alone, it ends before the file is full
     while all(one.done for one in seen):
         seen += await stream_many(server.url, credential, MODEL, [f"question{index}" for index in range(STREAMS)])
     return seen
