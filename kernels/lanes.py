@@ -1,4 +1,4 @@
-"""Sixteen float32 in a register, and the matrix tiles of AMX: the words that kernels compiled by numba are written in.
+"""Sixteen float32 in a register, pairs of bfloat16, and the tiles of AMX: the words that numba's kernels are made of.
 
 A word here is an instruction or a few. None may be reordered, fused or split by the compiler: no `fastmath` is given,
 a product and a sum are one rounding only where `fused` says so, and what is added up across lanes is added in the order
@@ -52,7 +52,7 @@ def bits_of(number: float) -> int:
 
 @cache
 def has_pairs() -> bool:
-    """Return whether this CPU multiplies pairs of bfloat16, sixteen at once: what every word here but tiles needs."""
+    """Return whether this CPU multiplies pairs of bfloat16, sixteen at once. Then it has every word here but tiles."""
     features = binding.get_host_cpu_features()
     return not numba.config.DISABLE_JIT and bool(features.get("avx512bf16") and features.get("avx512f"))
 
@@ -61,6 +61,9 @@ def has_pairs() -> bool:
 def has_tiles() -> bool:
     """Return whether this CPU and its system have AMX for bfloat16, which this process may use from here on."""
     return has_pairs() and bool(binding.get_host_cpu_features().get("amx-bf16") and torch.cpu._init_amx())
+
+
+TILES = has_tiles()  # how kernels multiply where they are not told
 
 
 class _Sixteen(types.Type):

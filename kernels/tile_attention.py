@@ -34,6 +34,7 @@ from kernels.lanes import (
     LANES,
     MOST_ROWS,
     SHAPES_BYTES,
+    TILES,
     add_products,
     bits_of,
     claim,
@@ -45,7 +46,6 @@ from kernels.lanes import (
     greater,
     greatest_of,
     has_pairs,
-    has_tiles,
     integer_at,
     minus,
     number_at,
@@ -107,6 +107,7 @@ def tile_attention(
     sequence_of: Tensor,  # [T] int64  which sequence each token belongs to, in runs, < S
     position_of: Tensor,  # [T] int64  its absolute position, ascending by one within a run, < M · P
     scale: float,  # multiplies query·key before softmax
+    tiles: bool = TILES,  # by tiles, which the CPU must have; or by pairs
 ) -> Tensor:  # [T, H, D]
     """Return the attention of each token over its own sequence up to itself; its own key is stored already.
 
@@ -135,7 +136,7 @@ def tile_attention(
     threads = threads_for(items)
     space = scratch(threads * _space(size))
     run(
-        _kernel(size, has_tiles()),
+        _kernel(size, tiles),
         threads,
         items,
         together,

@@ -20,8 +20,8 @@ a factor of two with where memory lay: a step of 24 layers, 896 wide, took 0.73 
 for 32 sequences, and 0.65 to 0.78 for a prompt of 512 tokens; most products alone 0.6 to 0.9. A product of 256 x 688 at
 512 rows took 1.0 to 1.3: few panels go by rows that take long to lay out. Up to 128 rows it took 0.7 to 1.05.
 
-By pairs, on a CPU without AMX (Zen 5), the same: weights of 256 to 9,728 rows took 0.7 to 0.9 of the time of
-packed_linear.py up to 32 rows of `x`, 0.9 to 1.05 of it from 128 on.
+By pairs, on a CPU without AMX (Zen 5), by bench_linear: of the time of packed_linear.py 0.72 to 1.07 for one row or
+two, the greatest weights taking most, 0.63 to 0.87 for 8 and 32, 0.86 to 1.1 for 128 and 512.
 
 Threads share out the panels. Imported only where numba is; see engine/models/compiled.py.
 
@@ -41,6 +41,7 @@ from kernels.lane_silu_mul import lane_silu_mul, silu_times
 from kernels.lanes import (
     MOST_ROWS,
     SHAPES_BYTES,
+    TILES,
     add_products,
     claim,
     copy_half,
@@ -48,7 +49,6 @@ from kernels.lanes import (
     fill,
     give_tiles_back,
     has_pairs,
-    has_tiles,
     integer_at,
     plus,
     prefetch,
@@ -116,6 +116,7 @@ def tile_linear(
     x: Tensor,  # [M, K] bfloat16  M ≥ 1
     weight: Tensor,  # [N, K] laid out
     bias: Tensor | None = None,  # [N] bfloat16
+    tiles: bool = TILES,  # by tiles, which the CPU must have; or by pairs
 ) -> Tensor:  # [M, N]
     """Return x·weightᵀ + bias.
 
@@ -129,12 +130,13 @@ def tile_linear(
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None:
             check_layout(name, tensor, torch.bfloat16)
-    return _run(x, weight, bias, weight.shape[0], gated=False)
+    return _run(x, weight, bias, weight.shape[0], gated=False, tiles=tiles)
 
 
 def tile_silu_mul(
     x: Tensor,  # [M, K] bfloat16  M ≥ 1
     gate_up: Tensor,  # [2I, K] laid out: gate, then up; I ≥ 16
+    tiles: bool = TILES,  # as in `tile_linear`
 ) -> Tensor:  # [M, I]
     """Return silu(x·gateᵀ) · (x·upᵀ): the bits of `lane_silu_mul` of `tile_linear`.
 
@@ -144,14 +146,14 @@ def tile_silu_mul(
         ShapeError: an argument disagrees with the shapes or dtypes above.
     """
     if gate_up.shape[0] % (2 * PANEL):
-        return lane_silu_mul(tile_linear(x, gate_up))
+        return lane_silu_mul(tile_linear(x, gate_up, tiles=tiles))
     check_product(x, gate_up)
     x = x.contiguous()
     check_layout("x", x, torch.bfloat16)
-    return _run(x, gate_up, None, gate_up.shape[0] // 2, gated=True)
+    return _run(x, gate_up, None, gate_up.shape[0] // 2, gated=True, tiles=tiles)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, gated: bool) -> Tensor:
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, gated: bool, tiles: bool) -> Tensor:
     rows, depth = x.shape
     row_bytes, panels = -(-depth // DEPTH) * LINE, -(-width // PANEL)
     most = min(max(PAIR, HELD // row_bytes // PAIR * PAIR), -(-rows // PAIR) * PAIR)
@@ -159,7 +161,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, width: int, gated: bool
     space = scratch(threads * size)
     out = torch.empty(rows, width, dtype=torch.bfloat16)
     run(
-        _kernel(has_tiles()),
+        _kernel(tiles),
         threads,
         -(-rows // most) * -(-panels // together),
         together,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -15,17 +17,17 @@ from tests.support.poison import among_nan
 
 pytest.importorskip("numba")
 
+from kernels import tile_attention as kernel
 from kernels.tile_attention import (
     KEYS,
+    Attention,
     as_tiles,
     from_tiles,
     takes,
-    tile_attention,
     tile_attention_reference,
     verify_invariance,
 )
 
-pytestmark = pytest.mark.usefixtures("multiplied_by")
 heads_of_sizes = pytest.mark.parametrize(
     ("heads", "groups", "size"),
     [(4, 2, 16), (3, 1, 32), (7, 7, 48), (14, 2, 64), (10, 5, 80), (16, 1, 96), (2, 1, 128), (2, 2, 240), (2, 1, 256)],
@@ -35,7 +37,8 @@ heads_of_sizes = pytest.mark.parametrize(
 class Tiled:
     """A world whose caches lie in tiles, between NaN."""
 
-    def __init__(self, lengths: list[int], heads: int, groups: int, size: int) -> None:
+    def __init__(self, attention: Attention, lengths: list[int], heads: int, groups: int, size: int) -> None:
+        self._attention = attention
         self.world = World(lengths, heads, groups, size)
         self.caches = tuple(among_nan(cache) for cache in as_tiles(*self.world.caches))
 
@@ -43,29 +46,43 @@ class Tiled:
         """Each row: a sequence, and the positions from … to of which attention is asked."""
         query, sequence, positions = self.world.asked(list(rows))
         scale = query.shape[-1] ** -0.5
-        return tile_attention(among_nan(query), *self.caches, self.world.table, sequence, positions, scale)
+        return self._attention(among_nan(query), *self.caches, self.world.table, sequence, positions, scale)
+
+
+@pytest.fixture
+def tile_attention(by_tiles: bool) -> Attention:
+    return partial(kernel.tile_attention, tiles=by_tiles)
+
+
+@pytest.fixture
+def tiled_world(tile_attention: Attention) -> Callable[..., Tiled]:
+    return partial(Tiled, tile_attention)
 
 
 @heads_of_sizes
-def test_attention_equals_the_reference_at_ugly_sizes(heads: int, groups: int, size: int) -> None:
+def test_attention_equals_the_reference_at_ugly_sizes(
+    tiled_world: Callable[..., Tiled], heads: int, groups: int, size: int
+) -> None:
     lengths = [1, 17, 63, 65, 130]
-    tiled = Tiled(lengths, heads, groups, size)
+    tiled = tiled_world(lengths, heads, groups, size)
     out = tiled.attend(*((index, 0, length) for index, length in enumerate(lengths)))
     expected = torch.cat([tiled.world.reference(index) for index in range(len(lengths))])
     torch.testing.assert_close(out, expected, atol=0.03, rtol=0.03)
 
 
-def test_what_tiles_lose_is_what_bfloat16_loses() -> None:
-    tiled = Tiled([300], 4, 2, 64)
+def test_what_tiles_lose_is_what_bfloat16_loses(tiled_world: Callable[..., Tiled]) -> None:
+    tiled = tiled_world([300], 4, 2, 64)
     exact = tiled.world.reference(0).float()
     error = (tiled.attend((0, 0, 300)).float() - exact).abs()
     assert float(error.max()) <= 2**-7 * float(exact.abs().max())  # two roundings, of weights and of the result
 
 
 @heads_of_sizes
-def test_decode_equals_prefill_equals_chunks_in_bits(heads: int, groups: int, size: int) -> None:
+def test_decode_equals_prefill_equals_chunks_in_bits(
+    tiled_world: Callable[..., Tiled], heads: int, groups: int, size: int
+) -> None:
     length = 2 * KEYS + 2 * PAGE + 9
-    tiled = Tiled([length, 70], heads, groups, size)
+    tiled = tiled_world([length, 70], heads, groups, size)
     whole = tiled.attend((0, 0, length))
     for chunk in (1, 7, 16, 100):
         pieces = itertools.pairwise([*range(0, length, chunk), length])
@@ -74,17 +91,17 @@ def test_decode_equals_prefill_equals_chunks_in_bits(heads: int, groups: int, si
         assert torch.equal(tiled.attend((1, 3, 70), (0, position, position + 1), (1, 0, 2))[67], whole[position])
 
 
-def test_many_sequences_change_no_bit_of_one() -> None:
+def test_many_sequences_change_no_bit_of_one(tiled_world: Callable[..., Tiled]) -> None:
     lengths = [1 + 53 * index % 400 for index in range(41)]
-    tiled = Tiled(lengths, 4, 2, 32)
+    tiled = tiled_world(lengths, 4, 2, 32)
     together = tiled.attend(*((index, length - 1, length) for index, length in enumerate(lengths)))
     for index, length in enumerate(lengths):
         assert torch.equal(tiled.attend((index, length - 1, length))[0], together[index])
 
 
 @pytest.mark.parametrize("poison", [0.0, torch.nan, torch.inf, -torch.inf, 3e38])
-def test_what_lies_beyond_a_context_changes_no_bit(poison: float) -> None:
-    tiled = Tiled([5, 16, 37, 64, 100], 6, 2, 48)
+def test_what_lies_beyond_a_context_changes_no_bit(tiled_world: Callable[..., Tiled], poison: float) -> None:
+    tiled = tiled_world([5, 16, 37, 64, 100], 6, 2, 48)
     rows = [(0, 4, 5), (1, 15, 16), (2, 30, 37), (3, 60, 64), (4, 0, 100)]
     clean = tiled.attend(*rows)
     for cache in tiled.caches:
@@ -93,8 +110,8 @@ def test_what_lies_beyond_a_context_changes_no_bit(poison: float) -> None:
     assert bool(clean.isfinite().all())
 
 
-def test_another_heads_numbers_change_no_bit() -> None:
-    tiled = Tiled([90], 6, 2, 32)
+def test_another_heads_numbers_change_no_bit(tiled_world: Callable[..., Tiled]) -> None:
+    tiled = tiled_world([90], 6, 2, 32)
     clean = tiled.attend((0, 0, 90))
     keys, values = from_tiles(*tiled.caches)
     keys[:, :, 1], values[:, :, 1] = torch.nan, torch.inf
@@ -103,8 +120,8 @@ def test_another_heads_numbers_change_no_bit() -> None:
     assert torch.equal(tiled.attend((0, 0, 90))[:, :3], clean[:, :3])
 
 
-def test_what_is_no_number_in_a_context_shows() -> None:
-    tiled = Tiled([40], 2, 1, 16)
+def test_what_is_no_number_in_a_context_shows(tiled_world: Callable[..., Tiled]) -> None:
+    tiled = tiled_world([40], 2, 1, 16)
     keys, values = from_tiles(*tiled.caches)
     keys[tiled.world.table[0, 1], 3] = torch.nan  # position 19
     tiled.caches[0].copy_(as_tiles(keys, values)[0])
@@ -113,7 +130,7 @@ def test_what_is_no_number_in_a_context_shows() -> None:
     assert bool(out[19:].isnan().all())
 
 
-def test_great_scores_neither_overflow_nor_vanish() -> None:
+def test_great_scores_neither_overflow_nor_vanish(tile_attention: Attention) -> None:
     world = World([80], 2, 1, 32)
     world.query[0] *= 300
     tiles = as_tiles(*world.caches)
@@ -128,8 +145,8 @@ def test_laying_blocks_out_and_back_gives_the_same() -> None:
         assert torch.equal(given, found)
 
 
-def test_threads_do_not_disturb_each_other() -> None:
-    tiled = Tiled([200, 90], 4, 2, 64)
+def test_threads_do_not_disturb_each_other(tiled_world: Callable[..., Tiled]) -> None:
+    tiled = tiled_world([200, 90], 4, 2, 64)
     rows = [((0, 0, 200),), ((1, 0, 90),), ((0, 199, 200), (1, 89, 90))] * 20
     expected = [tiled.attend(*row) for row in rows]
     with ThreadPoolExecutor(3) as pool:
@@ -137,8 +154,8 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-def test_the_number_of_threads_changes_no_bit() -> None:
-    tiled = Tiled([300, 90, 1, 40, 7], 6, 2, 64)
+def test_the_number_of_threads_changes_no_bit(tiled_world: Callable[..., Tiled]) -> None:
+    tiled = tiled_world([300, 90, 1, 40, 7], 6, 2, 64)
     rows = [(0, 0, 300), (1, 40, 90), (2, 0, 1), (3, 39, 40), (4, 6, 7)]
     before = torch.get_num_threads()
     found = []
@@ -150,8 +167,8 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert torch.equal(found[2], found[0])
 
 
-def test_products_of_the_library_keep_their_tiles() -> None:
-    tiled = Tiled([100], 4, 2, 64)
+def test_products_of_the_library_keep_their_tiles(tiled_world: Callable[..., Tiled]) -> None:
+    tiled = tiled_world([100], 4, 2, 64)
     x, weight = torch.randn(32, 96).bfloat16(), torch.randn(64, 96).bfloat16()
     before = F.linear(x, weight)
     for _ in range(3):
@@ -160,11 +177,11 @@ def test_products_of_the_library_keep_their_tiles() -> None:
 
 
 @pytest.mark.parametrize(("heads", "groups", "size"), [(4, 2, 16), (14, 2, 64), (5, 1, 80), (8, 8, 128)])
-def test_a_machine_with_tiles_keeps_rows_apart(heads: int, groups: int, size: int) -> None:
-    assert verify_invariance(heads, groups, size)
+def test_a_machine_with_tiles_keeps_rows_apart(tile_attention: Attention, heads: int, groups: int, size: int) -> None:
+    assert verify_invariance(heads, groups, size, tile_attention)
 
 
-def test_attention_that_looks_at_its_neighbours_is_found_out() -> None:
+def test_attention_that_looks_at_its_neighbours_is_found_out(tile_attention: Attention) -> None:
     def leaning(query: torch.Tensor, *others: object) -> torch.Tensor:
         return tile_attention(query, *others) + 2**-6 * (len(query) > 1)  # type: ignore[arg-type]
 
@@ -180,7 +197,7 @@ def test_sizes_that_are_not_computed_here_are_named() -> None:
     assert not any(takes(*sizes) for sizes in ((4, 2, 10), (4, 2, 40), (4, 2, 0), (4, 2, 272), (4, 3, 16)))
 
 
-def test_disagreeing_arguments_are_refused() -> None:
+def test_disagreeing_arguments_are_refused(tile_attention: Attention) -> None:
     world = World([5], 4, 2, 16)
     keys, values = world.caches
     query, sequence, positions = world.asked([(0, 0, 5)])
