@@ -1,6 +1,6 @@
 """The engine's process: loads, then hands messages to a StepThread and its events back. Started by engine_process.py.
 
-    python -m engine.child FD    FD: a socket whose other end the gateway holds
+    python -m engine.child FD FD    pipes whose other ends the gateway holds: from it, and to it
 
 It ends when the gateway closes it, or is gone; never by a signal of the terminal or of the service manager, who mean
 the gateway, which lets answers come to their end first.
@@ -29,8 +29,9 @@ from engine.worker import Add, Ended
 
 
 class Child:
-    def __init__(self, connection: Connection[Any, Any]) -> None:
-        self._connection = connection
+    def __init__(self, messages: Connection[Any, Any], events: Connection[Any, Any]) -> None:
+        self._messages = messages
+        self._events = events
         self._sending = threading.Lock()  # the step, the compilers and the receiver all tell
         self._loading = True
         # By ticket, until it is released; None: still to be compiled. As many as the gateway has structured requests.
@@ -39,7 +40,7 @@ class Child:
 
     def run(self) -> None:
         """Load, serve, and end the process."""
-        config = self._connection.recv()
+        config = self._messages.recv()
         threading.Thread(target=self._end_if_orphaned, daemon=True).start()
         loaded = self._load(config)
         if loaded is None:
@@ -52,7 +53,7 @@ class Child:
         with ThreadPoolExecutor(COMPILED_AT_ONCE) as compilers:
             while True:
                 try:
-                    message = self._connection.recv()
+                    message = self._messages.recv()
                 except (EOFError, OSError):
                     os._exit(0)  # nobody is left to generate for
                 self._handle(message, step_thread, compilers)
@@ -98,7 +99,7 @@ class Child:
     def _tell(self, event: object) -> None:
         try:
             with self._sending:
-                self._connection.send(event)
+                self._events.send(event)
         except OSError:
             os._exit(1)  # nobody listens any more
         if isinstance(event, Ended):
@@ -106,7 +107,7 @@ class Child:
 
     def _end_if_orphaned(self) -> None:
         """While it loads, the gateway says nothing: what can be read then is its end."""
-        self._connection.poll(None)
+        self._messages.poll(None)
         if self._loading:
             os._exit(1)
 
@@ -114,7 +115,8 @@ class Child:
 def main() -> None:
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, signal.SIG_IGN)
-    Child(Connection(int(sys.argv[1]))).run()
+    messages, events = map(int, sys.argv[1:])
+    Child(Connection(messages, writable=False), Connection(events, readable=False)).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """EngineProcess: the worker that is a process of its own, so that its steps and the gateway share no interpreter lock.
 
-    event loop ▶ mailbox ▶ sender thread ──socket──▶ child.py
-    runtime.tell ◀──── receiver thread ◀──socket──── child.py
+    event loop ▶ mailbox ▶ sender thread ──pipe──▶ child.py
+    runtime.tell ◀──── receiver thread ◀──pipe──── child.py
 
 An event loop never waits for the child: messages wait in the mailbox, bounded as it says there. The child ends with
 this process, however that ends; where the child ends alone, what is in flight fails, by name. torch is not imported
@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -58,7 +58,7 @@ class EngineProcess:
 
     def __init__(self, config: EngineConfig, progress: Progress = silently) -> None:
         """Start the process and wait until it has loaded. Raises: EngineStartError and its kinds."""
-        self._connection, self._process = _spawned()
+        self._messages, self._events, self._process = _spawned()
         self.served: Served
         self.files: KeptFiles
         self._tell: Tell = lambda event: None
@@ -71,7 +71,7 @@ class EngineProcess:
         self._receiver = threading.Thread(target=self._receive_events, name="probity-engine-receiver", daemon=True)
         try:
             with suppress(OSError):  # it has ended already, and what is received will say so
-                self._connection.send(config)
+                self._messages.send(config)
             self._await_ready(progress)
         except BaseException:
             self.kill()
@@ -80,7 +80,7 @@ class EngineProcess:
     def _await_ready(self, progress: Progress) -> None:
         while True:
             try:
-                told = self._connection.recv()
+                told = self._events.recv()
             except (EOFError, OSError):
                 code = self._exit_code()
                 raise EngineStartError(
@@ -109,7 +109,11 @@ class EngineProcess:
         """End the child now, whatever it does."""
         self._process.kill()
         self._process.wait()
-        self._connection.close()
+        self._close()
+
+    def _close(self) -> None:
+        self._messages.close()
+        self._events.close()
 
     # The worker.
 
@@ -156,7 +160,7 @@ class EngineProcess:
         while not isinstance(message, Close):
             message = self._mailbox.get()
             try:
-                self._connection.send(message)
+                self._messages.send(message)
             except OSError:  # the receiver knows of the end
                 return
             except BaseException:  # nobody may be left waiting for what is not sent; the receiver will know of the end
@@ -168,13 +172,13 @@ class EngineProcess:
         self._exit_code()  # buries it
         self._mailbox.put(Close())  # wakes the sender, which may wait for a message
         self._sender.join()
-        self._connection.close()
+        self._close()
 
     def _receive_until_the_end(self) -> None:
         ended = None
         while ended is None:
             try:
-                event = self._connection.recv()
+                event = self._events.recv()
                 if isinstance(event, Compiled):
                     self._settle(event)
                 elif isinstance(event, Ended):
@@ -222,16 +226,22 @@ class EngineProcess:
             return None
 
 
-def _spawned() -> tuple[Connection[Any, Any], subprocess.Popen[bytes]]:
-    """Start a child. It finds the modules that this process finds; secrets and a terminal's signals do not find it."""
+def _spawned() -> tuple[Connection[Any, Any], Connection[Any, Any], subprocess.Popen[bytes]]:
+    """Start a child; return what goes to it, what comes from it, and its process.
+
+    It finds the modules that this process finds; secrets and a terminal's signals do not find it. One pair of sockets
+    would do for both ways, but whoever waits at one end of it is woken for every message that its own end had sent.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_GATEWAY)}
-    ours, its = socket.socketpair()
-    with its:
+    its_messages, messages = Pipe(duplex=False)
+    events, its_events = Pipe(duplex=False)
+    with its_messages, its_events:
+        its = its_messages.fileno(), its_events.fileno()
         process = subprocess.Popen(  # noqa: S603 - our own interpreter on our own module
-            [sys.executable, "-P", "-m", "engine.child", str(its.fileno())],
-            pass_fds=[its.fileno()],
+            [sys.executable, "-P", "-m", "engine.child", *map(str, its)],
+            pass_fds=its,
             env=environment | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    return Connection(ours.detach()), process
+    return messages, events, process

@@ -3,7 +3,7 @@
     gateway ── EngineConfig ▶ … then Message | Compile | Release | Where ──▶ engine
     gateway ◀── Progressed … ▶ Ready or an EngineStartError, then Event | Compiled ── engine
 
-Over a pair of sockets that nobody else holds, pickled: both ends are one program of one user.
+Over two pipes that nobody else holds, pickled: both ends are one program of one user.
 """
 
 from __future__ import annotations
