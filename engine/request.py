@@ -7,7 +7,7 @@ as an opaque `cache_salt` (which cached blocks may be shared) and a `fairness_ke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -158,7 +158,7 @@ class GenerationStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta:
-    """What one step added to one request.
+    """What one step, or several, added to one request.
 
     `text` trails the tokens: a partial UTF-8 sequence or a possible stop string is held back until it is decided. The
     concatenation of all texts is the output; the last delta carries `finish_reason` and `stats`.
@@ -218,6 +218,13 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(mixed[:8], "big") & MAX_SEED
 
 
+Rest = Callable[[], float]  # asked for seconds
+
+
+def no_rest() -> float:
+    return 0.0
+
+
 class Engine(Protocol):
     """What the gateway needs of an engine. Ours is `EngineRuntime`; tests bring a scripted one."""
 
@@ -275,8 +282,11 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
+    def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
         """Yield deltas until one carries a finish reason. Closing the iterator aborts the request.
+
+        `rest_s` is asked after each delta for how many seconds none is wanted but the last; what comes meanwhile, or
+        while the consumer is busy, may be given as one.
 
         Raises: RequestRefused, EngineOverloaded, EngineDraining on the first step; EngineDead at any.
         """

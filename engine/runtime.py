@@ -1,7 +1,7 @@
 """EngineRuntime: asyncio's side of an engine, before whoever steps. Implements `request.Engine`.
 
     event loops ── messages (add, abort, close) ──▶ worker: a thread of this process, or a process
-    event loops ◀── one call_soon_threadsafe per step and loop, with every delta of that step ─── worker
+    event loops ◀── deltas (stream.py); of a step at most one call_soon_threadsafe a loop, for who waits ─── worker
 
 The worker is worker.py's; it tells what came of a step on a thread of its own. What the two sides share is
 `_in_flight`, under one lock; what is read from outside is a frozen snapshot of the last step. A request is in flight
@@ -37,8 +37,10 @@ from engine.request import (
     GenerationRequest,
     ModelVersion,
     RequestRefused,
+    Rest,
     Structure,
     TokenDelta,
+    no_rest,
 )
 from engine.stream import Stream
 from engine.worker import Abort, Add, Checked, Close, Event, Forget, Refused, Stepped, Tell, Trouble, Worker
@@ -163,7 +165,7 @@ class EngineRuntime:
     def token_text(self, token: int) -> bytes:
         return self._codec.token_text(token)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncGenerator[TokenDelta, None]:
         """Yield deltas until one carries a finish reason. Closing the iterator aborts the request.
 
         Raises: RequestRefused, EngineOverloaded, EngineDraining on the first step; EngineDead at any.
@@ -174,11 +176,11 @@ class EngineRuntime:
             stream = self._open(request, compiled)
             self._watch(stream)
             try:
-                while True:
-                    delta = await stream.next()
+                delta = await stream.next()
+                while delta.finish_reason is None:
                     yield delta
-                    if delta.finish_reason is not None:
-                        return
+                    delta = await stream.next(rest_s())
+                yield delta
             finally:
                 stream.unwatch()
                 self._send_abort(stream)
@@ -307,6 +309,7 @@ class EngineRuntime:
             self._worker.report_stuck()
         if stuck:
             stream.put(EngineDead("the engine makes no progress"))
+            stream.wake()
         else:
             stream.watch = stream.loop.call_later(self._times.stuck_after_s, self._watch, stream)
 
@@ -361,16 +364,20 @@ class EngineRuntime:
             self._send_abort(stream)  # and it stays in flight until that was told of: its id is not free before
 
     def _send(self, posts: Iterable[_Post]) -> list[Stream]:
-        """Hand each item to its stream, once per loop; return the streams whose loop is gone."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Post]] = {}
-        for post in posts:
-            by_loop.setdefault(post[0].loop, []).append(post)
+        """Hand each item to its stream, and wake who waits, once per loop; return the streams whose loop is gone."""
         gone: list[Stream] = []
-        for loop, batch in by_loop.items():
+        by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+        for stream, item in posts:
+            waited_for = stream.put(item)
+            if stream.loop.is_closed():  # under its requests
+                gone.append(stream)
+            elif waited_for:
+                by_loop.setdefault(stream.loop, []).append(stream)
+        for loop, waiting in by_loop.items():
             try:
-                loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the loop was closed under its requests
-                gone.extend(stream for stream, _ in batch)
+                loop.call_soon_threadsafe(_wake, waiting)
+            except RuntimeError:  # it was closed meanwhile
+                gone += waiting
         return gone
 
     def _die(self, reason: str) -> None:
@@ -382,9 +389,9 @@ class EngineRuntime:
         self._send([(stream, EngineDead(reason)) for stream in streams])
 
 
-def _deliver(batch: Iterable[_Post]) -> None:
-    for stream, item in batch:
-        stream.put(item)
+def _wake(waiting: Iterable[Stream]) -> None:
+    for stream in waiting:
+        stream.wake()
 
 
 def _log(event: str, places: Sequence[str]) -> None:

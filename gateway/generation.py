@@ -45,6 +45,7 @@ from policies.limits import LimitLedger
 from policies.store import StoreUnavailable
 
 AT_ONCE = 16  # choices, or inputs, of one request that the engine holds
+UNSTREAMED_REST_S = 0.1  # between two looks at an answer that leaves whole
 CLOSE_ATTEMPTS = 6  # tries to put a closing record on a log that fails; after them, recovery closes it at a restart
 CLOSE_BACKOFF_S = 0.25  # doubles with each try
 
@@ -164,7 +165,8 @@ class Generation:
 
     async def _follow(self, index: int) -> None:
         choice = self._choices[index]
-        async for delta in self._engine.generate(choice.request):
+        rest_s = self._release.resting_s if self._grant.question.request.stream else lambda: UNSTREAMED_REST_S
+        async for delta in self._engine.generate(choice.request, rest_s):
             if self._suspended():
                 raise Suspended
             if self._first_token is None and delta.tokens:

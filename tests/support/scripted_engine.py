@@ -21,10 +21,12 @@ from engine.request import (
     GenerationStats,
     ModelVersion,
     RequestRefused,
+    Rest,
     Structure,
     StructureKind,
     TokenDelta,
     TokenLogprob,
+    no_rest,
 )
 
 
@@ -106,7 +108,7 @@ class ScriptedEngine:
         if structure.kind is not StructureKind.MESSAGE:  # who wrote the script kept to a message
             raise RequestRefused("a script has no structure", "response_format")
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
         if self._draining:
             raise EngineDraining("draining")
         if self._fail_with is not None:

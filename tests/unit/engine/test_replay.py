@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.replay import ReplayDigest, ReplayInterrupted, ReplayOutcome, force, regenerate
-from engine.request import GenerationRequest, RequestRefused, TokenDelta
+from engine.request import GenerationRequest, RequestRefused, Rest, TokenDelta, no_rest
 from engine.runtime import EngineRuntime
 from engine.scheduler import LOOKED_AT_CHUNK
 from tests.support.engine_core import Output, make_core, make_prompt, make_request, take
@@ -131,8 +131,8 @@ async def test_under_another_numeric_policy_equality_is_never_claimed(engine: En
 
 async def test_a_replay_that_is_aborted_gives_no_verdict() -> None:
     class AbortingRuntime(EngineRuntime):
-        async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenDelta]:
-            async for delta in super().generate(request):
+        async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
+            async for delta in super().generate(request, rest_s):
                 self.abort(request.request_id)
                 yield delta
 

@@ -162,7 +162,7 @@ async def test_a_slow_consumer_loses_nothing_and_holds_back_nobody(closing: Clos
     assert output.tokens == run_all(make_core(), [slow])["slow"].tokens
 
 
-async def test_a_step_wakes_a_loop_once_however_many_streams_it_serves(closing: Closing) -> None:
+async def test_a_step_wakes_a_loop_at_most_once_however_many_streams_it_serves(closing: Closing) -> None:
     engine, runner, _ = gated(closing)
     loop = asyncio.get_running_loop()
     wakes = 0
@@ -188,7 +188,7 @@ async def test_a_step_wakes_a_loop_once_however_many_streams_it_serves(closing: 
         stream.loop = counting  # type: ignore[assignment]
     runner.gate.set()
     await asyncio.gather(blocker, *tasks)
-    assert wakes == 1 + 7
+    assert 1 <= wakes <= 1 + 7  # steps
 
 
 async def test_impossible_requests_fail_alone_and_by_name(closing: Closing) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+import time
 from contextlib import suppress
 
 import pytest
@@ -73,7 +73,6 @@ class Bench:
     def __init__(self, *inspectors: Passing, journal: Journal | None = None) -> None:
         self.journal = journal or Journal()
         self.outbox = Outbox(on_abandon=lambda: None)
-        self.moments: Iterator[int] = iter(range(10**6))
         self.halted: list[int] = []
         self.release = Release(
             "t",
@@ -81,7 +80,7 @@ class Bench:
             inspectors or (Passing(),),
             self.outbox,
             self.journal,
-            lambda: next(self.moments),
+            time.monotonic,
             _bytes_of,
             self.halted.append,
             lambda: REST_S,
@@ -307,3 +306,32 @@ async def test_an_answer_without_a_word_still_has_its_end() -> None:
     assert bench.sent() == ""
     assert [piece.finish_reason for piece in bench.pieces] == ["stop"]
     assert bench.journal.submitted == []
+
+
+async def test_nothing_is_unwanted_before_the_first_piece_nor_while_all_is_held() -> None:
+    bench = Bench(Passing(hold=8))
+    pump = asyncio.create_task(bench.release.pump())
+    assert bench.release.resting_s() <= 0
+    bench.release.add(0, "held")
+    assert bench.release.resting_s() <= 0
+    await turn()
+    assert bench.journal.submitted == []
+    assert bench.release.resting_s() <= 0
+    await cancelled(pump)
+
+
+async def test_no_more_is_wanted_while_a_piece_is_journaled_and_for_as_long_as_the_pace_says_after_it() -> None:
+    bench = Bench(journal=Journal(at_once=False))
+    pump = asyncio.create_task(bench.release.pump())
+    bench.release.add(0, "first")
+    await turn()
+    assert bench.release.resting_s() == REST_S
+    bench.journal.go.set()
+    await turn()
+    assert bench.sent() == "first"
+    assert 0 < bench.release.resting_s() <= REST_S
+    bench.release.add(0, "second")
+    assert bench.release.resting_s() == REST_S
+    await asyncio.sleep(REST_S * 2)
+    assert bench.sent() == "firstsecond"
+    await cancelled(pump)
