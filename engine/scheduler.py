@@ -10,8 +10,10 @@ since a request that does not fit an empty pool was refused, everything finishes
 the budget for them by weight.
 
 A key does not wait for another's flood to end: where it is owed a place and none is free, the youngest sequence of the
-key with the most of them is preempted, never a key's last; in every other step, while a key within its share has a
-prompt to read, those above theirs pause; and a step that serves such gives way to who comes while it is under way.
+key with the most of them is preempted, never a key's last; while a key that asks for no more than its share has a
+prompt to read, those that ask for more pause, for a few steps in a row, and make up for them; and a step that serves
+such gives way to who comes while it is under way. Places are not what counts there: between two waves of a flood, few
+of it run.
 
 Source: Kwon et al., SOSP 2023 (preemption by recomputation); Agrawal et al., OSDI 2024 (chunked prefill beside decode).
 """
@@ -51,7 +53,7 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._running: list[Sequence] = []  # oldest first
         self._waiting = WaitingQueue(limits.max_sequences)
-        self._paused = False  # who is above a share, in this step
+        self._paused = False  # who asks for more than a share, in this step
         self._pauses_left = MOST_PAUSES
         self.admitted: list[Sequence] = []  # by the latest plan
         self._planned: list[tuple[Sequence, RowPlan]] = []  # what the step under way computes
@@ -150,14 +152,14 @@ class Scheduler:
 
     @property
     def gives_way(self) -> bool:
-        """Whether the plan under way should be dropped: who came since is owed a place, and it serves some who have
-        more than theirs. Never twice in a row, so that who has more goes on as well."""
+        """Whether the plan under way should be dropped: who came since asks for no more than a share, and it serves
+        some who do. Never twice in a row, so that these go on as well."""
         if self._dropped or not self._waiting:
             return False
         newcomer = self._waiting.next()
-        if newcomer.arrival < self._known or not self._waiting.is_owed(newcomer):
+        if newcomer.arrival < self._known or self._waiting.asks_above_share(newcomer):
             return False
-        return any(self._waiting.is_above_share(sequence) for sequence, _ in self._planned)
+        return any(self._waiting.asks_above_share(sequence) for sequence, _ in self._planned)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove `sequence`, wherever it stands, for good. Its blocks become free, or cached where full."""
@@ -203,20 +205,19 @@ class Scheduler:
         return not self._would_repeat(sequence, len(hits)) and not self._fits(sequence, hits)
 
     def _someone_reads(self) -> bool:
-        """Return whether a prompt of a key within its share is to be read while others have more than theirs."""
-        if not any(self._waiting.is_above_share(sequence) for sequence in self._running):
+        """Return whether a prompt of a key that asks for no more than its share is to be read, beside others'."""
+        if not any(self._waiting.asks_above_share(sequence) for sequence in self._running):
             return False
         reading = [sequence for sequence in self._running if sequence.drawn == 0]
         if self._waiting and self.running < self.limits.max_sequences:
             reading.append(self._waiting.next())
-        return any(not self._waiting.is_above_share(sequence) for sequence in reading)
+        return any(not self._waiting.asks_above_share(sequence) for sequence in reading)
 
     def _pauses(self, sequence: Sequence) -> bool:
-        return self._paused and self._waiting.is_above_share(sequence)
+        return self._paused and self._waiting.asks_above_share(sequence)
 
     def _plan_running(self, rows: list[RowPlan]) -> int:
         """Plan every running sequence that gets tokens; return the budget left over."""
-        # Looked up once: a preemption on the way may bring a key down to its share, and to tokens it was not allotted.
         pausing = {sequence.arrival for sequence in self._running if self._pauses(sequence)}
         decoding = sum(1 for sequence in self._running if sequence.pending == 1 and sequence.arrival not in pausing)
         budget = self.limits.token_budget - decoding  # their tokens are set aside: a prefill never starves a decode
@@ -245,7 +246,7 @@ class Scheduler:
         """Return how many tokens of prompts each key may have computed in this step: what it wants, or, by weight, a
         share of what is left by those who want less. Of who waits, the next one's are set aside."""
         readers = [one for one in self._running if one.pending > 1 and one.arrival not in pausing]
-        if self._waiting and self.running < self.limits.max_sequences:
+        if self._waiting and self.running < self.limits.max_sequences and not self._pauses(self._waiting.next()):
             readers.append(self._waiting.next())
         wanted: dict[str, int] = {}
         weights: dict[str, int] = {}

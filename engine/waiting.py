@@ -1,8 +1,8 @@
 """Turns: whose sequence runs next. Fair between keys; within one by priority, then first come first served.
 
 A key's share of the places is as its weight among the keys in flight. Who waits with fewer than that is owed one and
-goes first; who has more may have to give one back (scheduler.py). So a key that asks for much waits for itself, and one
-that asks for little is served at once.
+goes first, before all a key that asks for no more; who has more may have to give one back (scheduler.py). So a key that
+asks for much waits for itself, and one that asks for little is served at once.
 
 Beyond that the key goes next for which the fewest tokens were computed, by weight. A key that comes, or comes back,
 begins at the lowest count there is: a pause earns nothing.
@@ -76,8 +76,9 @@ class WaitingQueue:
         waiting = [key for key in self._keys.values() if key.waiting]
         return min(waiting, key=self._order).waiting[0]
 
-    def _order(self, key: _Key) -> tuple[bool, float, int]:
-        return key.running >= self._share(key), key.count, key.waiting[0].arrival
+    def _order(self, key: _Key) -> tuple[bool, bool, float, int]:
+        share = self._share(key)
+        return key.running >= share, key.in_flight > share, key.count, key.waiting[0].arrival
 
     def pop(self, sequence: Sequence) -> None:
         """Take out a sequence that waits, wherever it stands."""
@@ -114,6 +115,11 @@ class WaitingQueue:
         """Return whether the key of `sequence` has more places than its share."""
         key = self._key(sequence)
         return key.running > self._share(key)
+
+    def asks_above_share(self, sequence: Sequence) -> bool:
+        """Return whether the key of `sequence` would have more places than its share if all it waits for ran."""
+        key = self._key(sequence)
+        return key.in_flight > self._share(key)
 
     def _share(self, key: _Key) -> int:
         return max(1, self._places * key.weight // self._weight)

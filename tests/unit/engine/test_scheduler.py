@@ -259,6 +259,29 @@ def test_who_has_more_than_a_share_waits_for_anothers_prompt_and_makes_up_for_ea
     assert waits[MOST_PAUSES:] == [False, True] * 6
 
 
+def test_a_flood_of_which_few_run_as_yet_waits_for_another_s_prompt_all_the_same() -> None:
+    scheduler = make_scheduler(blocks=64, max_sequences=8, token_budget=8, chunk_tokens=8)
+    for number in range(12):
+        scheduler.add(replace(request(number, 40, max_tokens=3), fairness_key="flood"))
+    scheduler.plan()
+    scheduler.add(replace(request(20, 16, max_tokens=3), fairness_key="quiet"))
+    assert scheduler.running == 1  # no more than a share of eight places
+    assert scheduler.gives_way
+    scheduler.drop_plan()
+    assert shape(step(scheduler)) == [(0, 8, False)]  # the quiet one's alone, though the flood's came before
+    assert shape(step(scheduler)) == [(8, 8, True)]
+
+
+def test_two_floods_do_not_wait_for_each_other() -> None:
+    scheduler = flooded()
+    for number in range(10, 16):
+        scheduler.add(replace(request(number, 20, max_tokens=3), fairness_key="other"))
+    assert len(step(scheduler).rows) > 1
+    scheduler.plan()
+    scheduler.add(replace(request(20, 20, max_tokens=3), fairness_key="other"))
+    assert not scheduler.gives_way
+
+
 def test_a_step_gives_way_neither_to_its_own_key_nor_where_nobody_has_too_much() -> None:
     scheduler = flooded()
     scheduler.plan()
