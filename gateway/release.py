@@ -194,17 +194,19 @@ class Release:
         """Journal and send what is ready, paced, until cancelled. Raises what the journal raises."""
         while True:
             await self._ready.wait()
+            rest_s = self._rest_until - self._monotonic()
+            if rest_s > 0:
+                await asyncio.sleep(rest_s)
             self._ready.clear()
             if await self._journal_and_send():  # where all is held, the next step may free it
-                rest_s = self._rest_s()
-                self._rest_until = self._monotonic() + rest_s
-                await asyncio.sleep(rest_s)
+                self._rest_until = self._monotonic() + self._rest_s()
 
     def resting_s(self) -> float:
         """Return for how many seconds no more is wanted, unless it is the end."""
-        if self._unsent or self._ready.is_set():  # is being journaled, or will be
+        rest_s = self._rest_until - self._monotonic()
+        if rest_s <= 0 and (self._unsent or self._ready.is_set()):  # it is being journaled, or will be at once
             return self._rest_s() if self._sequence else 0.0
-        return self._rest_until - self._monotonic()
+        return rest_s
 
     async def _journal_and_send(self) -> bool:
         """Return whether there was something to journal.

@@ -14,6 +14,7 @@ answers are the same with and without it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -39,6 +40,7 @@ class Entity:
     unsettled: str
     find: Finder  # folded text → spans
     longest: int  # characters of folded text that a match spans at most
+    needs: str = ""  # characters, as in a class; where a text has none of them, `find` finds nothing. Empty: any text
 
 
 def beginning(literal: str) -> str:
@@ -63,16 +65,22 @@ class Prefilter:
     def __init__(self, entities: Sequence[Entity], *, use_hyperscan: bool = True) -> None:
         self._entities = tuple(entities)
         self._triggers = [re2.compile(entity.trigger) for entity in entities]
+        needs = [entity.needs for entity in entities]
+        self._needed = re.compile(f"[{''.join(needs)}]") if entities and all(needs) else None
         self._unsettled = re2.compile(f"(?:{'|'.join(entity.unsettled for entity in entities)})" + r"\z")
         self._scratch = Lock()  # Hyperscan's working memory serves one scan at a time
         self._database = _compile(entities) if use_hyperscan and hyperscan is not None else None
 
     def settled(self, text: str) -> int:
         """Return the position before which no match can begin or grow any more, whatever text follows."""
-        match = self._unsettled.search(text)
+        # As bytes: the binding need not count characters.
+        match = self._unsettled.search(text.encode() if text.isascii() else text)
         return len(text) if match is None else int(match.start())
 
     def candidates(self, text: str) -> list[Entity]:
+        # By `re`: the others let go of the interpreter however short a text is, and another thread may keep it a while.
+        if self._needed is not None and self._needed.search(text) is None:
+            return []
         if self._database is None:
             return [
                 entity

@@ -183,13 +183,14 @@ def _is_phone(text: str, region: str | None) -> bool:
 
 
 ENTITIES = (
-    Entity("card", r"[0-9](?:[ -]?[0-9]){12}", r"[0-9](?:[ -]?[0-9])*[ -]?", _find_card, MAX_CARD * 2),
+    Entity("card", r"[0-9](?:[ -]?[0-9]){12}", r"[0-9](?:[ -]?[0-9])*[ -]?", _find_card, MAX_CARD * 2, "0-9"),
     Entity(
         "email",
         r"@",
         r"[\pL\pN._%+'!#$*~-]+(?:@[\pL\pN.-]*)?",
         _find_email,
         MAX_LOCAL_PART + 1 + MAX_DOMAIN + 1,
+        "@",
     ),
     Entity(
         "iban",
@@ -197,6 +198,7 @@ ENTITIES = (
         r"[A-Za-z](?:[A-Za-z](?:[0-9](?:[0-9](?:[ -]?[A-Za-z0-9]){0,30}[ -]?)?)?)?",
         _find_iban,
         2 * MAX_IBAN,
+        "0-9",
     ),
     Entity(
         "phone",
@@ -204,6 +206,7 @@ ENTITIES = (
         r"[+(0-9][ ().0-9-]{0,45}",
         _find_phone,
         _LONGEST_PHONE + 1,
+        "0-9",
     ),
-    Entity("ssn", r"[0-9]{3}[ -][0-9]{2}[ -][0-9]{4}", r"[0-9][ 0-9-]{0,10}", _find_ssn, 12),
+    Entity("ssn", r"[0-9]{3}[ -][0-9]{2}[ -][0-9]{4}", r"[0-9][ 0-9-]{0,10}", _find_ssn, 12, "0-9"),
 )

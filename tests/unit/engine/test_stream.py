@@ -24,7 +24,10 @@ async def test_what_comes_while_the_consumer_rests_is_given_as_one_when_it_has_r
     stream = Stream("r", asyncio.get_running_loop())
     resting = asyncio.create_task(stream.next(0.02))
     began = time.monotonic()
-    for token in range(3):
+    await asyncio.sleep(0)
+    assert stream.put(delta(0))
+    stream.wake()
+    for token in (1, 2):
         await asyncio.sleep(0)
         assert not stream.put(delta(token)), "the loop would be woken for nothing"
     given = await resting
@@ -32,6 +35,27 @@ async def test_what_comes_while_the_consumer_rests_is_given_as_one_when_it_has_r
     assert [one.token for one in given.logprobs] == [0, 1, 2]
     assert given.finish_reason is None
     assert time.monotonic() - began >= 0.02
+
+
+async def test_what_was_there_when_the_rest_began_is_given_with_what_comes_during_it() -> None:
+    stream = Stream("r", asyncio.get_running_loop())
+    stream.put(delta(0))
+    resting = asyncio.create_task(stream.next(0.02))
+    await asyncio.sleep(0)
+    assert not stream.put(delta(1))
+    assert not resting.done()
+    assert (await resting).tokens == (0, 1)
+
+
+async def test_what_comes_after_the_rest_is_given_at_once() -> None:
+    stream = Stream("r", asyncio.get_running_loop())
+    waiting = asyncio.create_task(stream.next(0.002))
+    await asyncio.sleep(0.01)
+    assert not waiting.done()
+    assert stream.put(delta(0))
+    stream.wake()
+    await asyncio.sleep(0)
+    assert waiting.done()
 
 
 async def test_who_waits_is_woken_by_the_first_delta_and_only_by_that() -> None:
@@ -102,16 +126,19 @@ async def test_nothing_is_lost_or_out_of_order_whatever_the_threads_do() -> None
     assert tokens == list(range(count))
 
 
-async def test_a_consumer_that_is_cancelled_while_it_rests_leaves_no_timer_behind() -> None:
+async def test_a_consumer_that_was_cancelled_while_it_rested_has_lost_nothing() -> None:
     stream = Stream("r", asyncio.get_running_loop())
     resting = asyncio.create_task(stream.next(0.01))
     await asyncio.sleep(0)
+    stream.put(delta(0))
+    stream.wake()
     resting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await resting
+    assert (await stream.next()).tokens == (0,)
     waiting = asyncio.create_task(stream.next())
-    await asyncio.sleep(0.03)  # a timer left behind would have looked for what has not come
+    await asyncio.sleep(0.03)  # the timer of the rest ends meanwhile
     assert not waiting.done()
-    stream.put(delta(0))
+    stream.put(delta(1))
     stream.wake()
-    assert (await waiting).tokens == (0,)
+    assert (await waiting).tokens == (1,)

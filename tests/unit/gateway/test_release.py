@@ -331,7 +331,7 @@ async def test_no_more_is_wanted_while_a_piece_is_journaled_and_for_as_long_as_t
     assert bench.sent() == "first"
     assert 0 < bench.release.resting_s() <= REST_S
     bench.release.add(0, "second")
-    assert bench.release.resting_s() == REST_S
+    assert 0 < bench.release.resting_s() <= REST_S
     await asyncio.sleep(REST_S * 2)
     assert bench.sent() == "firstsecond"
     await cancelled(pump)
