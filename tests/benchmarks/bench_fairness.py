@@ -1,11 +1,12 @@
 """What a tenant's flood does to another tenant's time to first token.
 
-    python -m tests.benchmarks.bench_fairness [--flood 128] [--asked 100] [--sequences 16]
+    python -m tests.benchmarks.bench_fairness [--shape half-billion] [--flood 128] [--asked 100] [--sequences 16]
 
-The bare engine on the model of bench_engine. One key keeps `--flood` requests (200 tokens in, 60 out) in the queue;
-another asks now and then (4 tokens out), at any moment of a step, and its time to first token is taken: alone, beside
-the flood, and once as it would be in plain order of arrival, which is the same flood under the same key. What is left
-of the flood is the layer under way when a question comes, and of the next one if two come soon. Asserts nothing.
+The bare engine on a model of bench_peers. One key keeps `--flood` requests (200 tokens in, 60 out) in the queue;
+another asks now and then (4 tokens out), at any moment of a step, and its time to first token is taken: alone and
+beside the flood, a part of the questions by turns, since no machine is as fast from one second to the next, and once as
+it would be in plain order of arrival, which is the same flood under the same key. What is left of the flood is what of
+a step does not give way when a question comes. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from engine.core import EngineCore
 from engine.model_runner import ModelRunner, blocks_in
 from engine.models.model import Model
 from engine.request import GenerationRequest
-from tests.benchmarks.bench_engine import BUDGET, draw_model, load
+from tests.benchmarks.bench_engine import BUDGET, load
+from tests.benchmarks.checkpoint import SHAPES, write_checkpoint
 from tests.benchmarks.machine import describe_machine
 from tests.support.byte_tokenizer import EOS, detokenizer_for
 from tests.support.engine_core import make_limits, make_request
 
 PAUSE_STEPS = 5  # between an answer and the next question
+TURNS = 5
 
 
 def make_core(decoder: Model, sequences: int, flood: int, budget: int) -> EngineCore:
@@ -56,10 +59,17 @@ def question(name: str, key: str, start: int, length: int, output: int) -> Gener
 
 
 def first_tokens(
-    decoder: Model, sequences: int, flood: int, asked: int, prompt: int, budget: int, flood_key: str = "flood"
+    decoder: Model,
+    sequences: int,
+    flood: int,
+    asked: int,
+    prompt: int,
+    budget: int,
+    flood_key: str = "flood",
+    turn: int = 0,
 ) -> list[float]:
     """Return the times to first token, in seconds, of `asked` questions of the key `quiet`."""
-    core, numbers, moments = make_core(decoder, sequences, flood, budget), itertools.count(), random.Random(1)
+    core, numbers, moments = make_core(decoder, sequences, flood, budget), itertools.count(), random.Random(turn)
     times: list[float] = []
     waiting_since, pause, lasted, due = 0.0, 4 * PAUSE_STEPS, 0.0, math.inf
     flooding = 0
@@ -103,21 +113,28 @@ def row(name: str, times: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--flood", type=int, default=128)
     parser.add_argument("--asked", type=int, default=100)
     parser.add_argument("--sequences", type=int, default=16)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    print(f"{describe_machine()}; torch {torch.__version__}, 2 threads")
+    print(f"{describe_machine()}; torch {torch.__version__}, 2 threads; {arguments.shape}")
     print(f"{arguments.sequences} sequences run at once; {arguments.flood} requests of the flood always in flight")
     with tempfile.TemporaryDirectory() as directory:
-        decoder, _ = load(draw_model(Path(directory)))
+        write_checkpoint(arguments.shape, Path(directory))
+        decoder, _ = load(Path(directory))
         for budget in (BUDGET, BUDGET // 4):
             for prompt in (60, 400):
                 print(f"\n{prompt} tokens asked, at most {budget} a step")
-                common = {"asked": arguments.asked, "prompt": prompt, "budget": budget}
-                print(row("alone", first_tokens(decoder, arguments.sequences, 0, **common)))
-                print(row("beside a flood", first_tokens(decoder, arguments.sequences, arguments.flood, **common)))
+                common = {"asked": -(-arguments.asked // TURNS), "prompt": prompt, "budget": budget}
+                alone: list[float] = []
+                beside: list[float] = []
+                for turn in range(TURNS):
+                    alone += first_tokens(decoder, arguments.sequences, 0, **common, turn=turn)
+                    beside += first_tokens(decoder, arguments.sequences, arguments.flood, **common, turn=turn)
+                print(row("alone", alone))
+                print(row("beside a flood", beside))
         common = {"asked": 5, "prompt": 60, "budget": BUDGET}
         late = first_tokens(decoder, arguments.sequences, arguments.flood, **common, flood_key="quiet")
         print(f"\n{row('in order of arrival', late)}")

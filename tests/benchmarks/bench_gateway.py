@@ -1,10 +1,12 @@
 """What governance costs: the gateway with everything on, against the bare engine behind the same HTTP layer.
 
     python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--shape half-billion] [--commit-delay-ms 1]
-                                             [--requests 96]
+                                             [--requests 96] [--rounds 1]
 
 Both servers run in processes of their own, in turn, with the load client in a third; TTFT, throughput and their ratios
-at concurrency 1, 8 and 32, streamed. Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one
+at concurrency 1, 8 and 32, streamed. With several rounds each figure is the median of as many runs, and so is what is
+added and the ratio, of the two runs of a round: a machine that others use as well is not as fast from one to the next.
+Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one
 length, all would end in the same step, and the next be asked together. `--shape` puts a model of random weights in the
 place of the demonstration model, as bench_peers draws it. With the scripted engine, which answers at once, also what is
 asked of a gateway alone: short answers in one piece, a second, and engine steps of long streamed answers, a second;
@@ -20,10 +22,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import httpx
 import psutil
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--commit-delay-ms", type=float, default=0.0)
     arguments = parser.parse_args()
@@ -88,7 +92,8 @@ def main() -> None:
 def _measure(arguments: argparse.Namespace, directory: Path) -> None:
     print(describe_machine())
     print(f"engine: {arguments.shape or arguments.engine}; {arguments.requests} streamed requests, "
-          f"{arguments.max_tokens} tokens in the mean; commit delayed by {arguments.commit_delay_ms:g} ms")  # fmt: skip
+          f"{arguments.max_tokens} tokens in the mean; commit delayed by {arguments.commit_delay_ms:g} ms; "
+          f"rounds: {arguments.rounds}")  # fmt: skip
     print(f"{'concurrency':>11} {'server':>9} {'ttft p50':>9} {'p99':>8} {'tokens/s':>9} {'chunks/s':>9} {'req/s':>7}")
     options = ["--engine", arguments.engine]
     if arguments.shape is not None:
@@ -101,12 +106,13 @@ def _measure(arguments: argparse.Namespace, directory: Path) -> None:
     ):
         for concurrency in (1, 8, 32):
             requests = arguments.requests if concurrency > 1 else max(8, arguments.requests // 4)
-            loads = {
-                name: run_load(one.url, one.token_file, MODEL, concurrency, requests, workload=workload)
-                for name, one in (("bare", bare), ("governed", governed))
-            }
-            for name, load in loads.items():
-                print(_row(concurrency, name, load))
+            loads: dict[str, list[Load]] = {"bare": [], "governed": []}
+            for turn in range(arguments.rounds):
+                for name, one in (("bare", bare), ("governed", governed))[:: -1 if turn % 2 else 1]:
+                    load = run_load(one.url, one.token_file, MODEL, concurrency, requests, workload=workload)
+                    loads[name].append(load)
+            for name, measured in loads.items():
+                print(_row(concurrency, name, measured))
             print(_comparison(loads["bare"], loads["governed"]))
         if arguments.engine == "scripted":
             _print_limits(bare, governed, arguments.requests)
@@ -130,17 +136,22 @@ def _print_limits(bare: Served, governed: Served, requests: int) -> None:
         )
 
 
-def _row(concurrency: int, name: str, load: Load) -> str:
-    errors = f"  {load.errors} errors" if load.errors else ""
+def _row(concurrency: int, name: str, loads: Sequence[Load]) -> str:
+    errors = sum(load.errors for load in loads)
     return (
-        f"{concurrency:>11} {name:>9} {load.ttft_p50_ms:>6.2f} ms {load.ttft_p99_ms:>5.1f} ms "
-        f"{load.tokens_per_s:>9.0f} {load.chunks_per_s:>9.0f} {load.requests_per_s:>7.0f}{errors}"
+        f"{concurrency:>11} {name:>9} {median(load.ttft_p50_ms for load in loads):>6.2f} ms "
+        f"{median(load.ttft_p99_ms for load in loads):>5.1f} ms {median(load.tokens_per_s for load in loads):>9.0f} "
+        f"{median(load.chunks_per_s for load in loads):>9.0f} {median(load.requests_per_s for load in loads):>7.0f}"
+        + (f"  {errors} errors" if errors else "")
     )
 
 
-def _comparison(bare: Load, governed: Load) -> str:
-    added = governed.ttft_p50_ms - bare.ttft_p50_ms
-    return f"{'':>11} added TTFT p50 {added:+.2f} ms; throughput × {governed.tokens_per_s / bare.tokens_per_s:.3f}"
+def _comparison(bare: Sequence[Load], governed: Sequence[Load]) -> str:
+    pairs = list(zip(bare, governed, strict=True))
+    added = [ours.ttft_p50_ms - theirs.ttft_p50_ms for theirs, ours in pairs]
+    ratios = [ours.tokens_per_s / theirs.tokens_per_s for theirs, ours in pairs]
+    of_all = f" ({min(ratios):.3f} to {max(ratios):.3f})" if len(ratios) > 1 else ""
+    return f"{'':>11} added TTFT p50 {median(added):+.2f} ms; throughput × {median(ratios):.3f}{of_all}"
 
 
 if __name__ == "__main__":
