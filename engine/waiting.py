@@ -1,8 +1,8 @@
 """Turns: whose sequence runs next. Fair between keys; within one by priority, then first come first served.
 
 A key's share of the places is as its weight among the keys in flight. Who waits with fewer than that is owed one and
-goes first, before all a key that asks for no more; who has more may have to give one back (scheduler.py). So a key that
-asks for much waits for itself, and one that asks for little is served at once.
+goes first, and of these a key that asks for no more than its share; who has more may have to give one back
+(scheduler.py). So a key that asks for much waits for itself, and one that asks for little is served at once.
 
 Beyond that the key goes next for which the fewest tokens were computed, by weight. A key that comes, or comes back,
 begins at the lowest count there is: a pause earns nothing.
