@@ -148,6 +148,12 @@ async def test_the_first_piece_goes_at_once_and_later_ones_share_a_segment() -> 
 @pytest.mark.parametrize(("streams", "seconds"), [(1, 0.02), (4, 0.02), (8, 0.04), (32, 0.16), (1000, 0.2)])
 def test_the_more_streams_there_are_the_slower_each_is_paced(streams: int, seconds: float) -> None:
     assert Pace(0.02, 200).rest_s(streams) == pytest.approx(seconds)
+    assert Pace(0.02, 200, few=6).rest_s(streams + 6) == pytest.approx(seconds)
+
+
+def test_a_few_streams_are_paced_no_slower_than_one() -> None:
+    for streams in range(1, 7):
+        assert Pace(0.0005, 2_000, few=6).rest_s(streams) == 0.0005
 
 
 def test_an_engine_that_shares_the_interpreter_is_spared_pieces() -> None:
