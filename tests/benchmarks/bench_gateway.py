@@ -115,7 +115,7 @@ def _measure(arguments: argparse.Namespace, directory: Path) -> None:
                 print(_row(concurrency, name, measured))
             print(_comparison(loads["bare"], loads["governed"]))
         if arguments.engine == "scripted":
-            _print_limits(bare, governed, arguments.requests)
+            _print_limits(bare, governed, arguments.requests, arguments.rounds)
         print(f"governed server: {governed.resident_mib:.0f} MiB resident; bare: {bare.resident_mib:.0f} MiB")
 
 
@@ -126,13 +126,14 @@ def _draw_lengths(file: Path, requests: int, mean: int) -> Path:
     return file
 
 
-def _print_limits(bare: Served, governed: Served, requests: int) -> None:
+def _print_limits(bare: Served, governed: Served, requests: int, rounds: int) -> None:
     for name, one in (("bare", bare), ("governed", governed)):
-        short = run_load(one.url, one.token_file, MODEL, 32, 4 * requests, 16, stream=False)
-        long = run_load(one.url, one.token_file, MODEL, 32, requests, 448)
+        turns = range(rounds)
+        short = [run_load(one.url, one.token_file, MODEL, 32, 4 * requests, 16, stream=False) for _ in turns]
+        long = [run_load(one.url, one.token_file, MODEL, 32, requests, 448) for _ in turns]
         print(
-            f"{name:>20}: {short.requests_per_s:.0f} answers of 16 tokens/s, not streamed; "
-            f"{long.tokens_per_s:.0f} steps/s of streamed answers of 448 tokens"
+            f"{name:>20}: {median(load.requests_per_s for load in short):.0f} answers of 16 tokens/s, not streamed; "
+            f"{median(load.tokens_per_s for load in long):.0f} steps/s of streamed answers of 448 tokens"
         )
 
 
