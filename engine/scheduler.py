@@ -244,7 +244,7 @@ class Scheduler:
 
     def _allot(self, budget: int, pausing: set[int]) -> dict[str, int]:
         """Return how many tokens of prompts each key may have computed in this step: what it wants, or, by weight, a
-        share of what is left by those who want less. Of who waits, the next one's are set aside."""
+        share of what is left by those who want less. Of who waits, the next one's are set aside, unless it pauses."""
         readers = [one for one in self._running if one.pending > 1 and one.arrival not in pausing]
         if self._waiting and self.running < self.limits.max_sequences and not self._pauses(self._waiting.next()):
             readers.append(self._waiting.next())

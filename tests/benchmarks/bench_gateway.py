@@ -6,10 +6,11 @@
 Both servers run in processes of their own, in turn, with the load client in a third; TTFT, throughput and their ratios
 at concurrency 1, 8 and 32, streamed. With several rounds each figure is the median of as many runs, and so is what is
 added and the ratio, of the two runs of a round: a machine that others use as well is not as fast from one to the next.
-Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one
-length, all would end in the same step, and the next be asked together. `--shape` puts a model of random weights in the
-place of the demonstration model, as bench_peers draws it. With the scripted engine, which answers at once, also what is
-asked of a gateway alone: short answers in one piece, a second, and engine steps of long streamed answers, a second;
+
+Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one length, all would end in the same step,
+and the next be asked together. `--shape` puts a model of random weights in the place of the demonstration model, as
+bench_peers draws it. With the scripted engine, which answers at once, also what is asked of a gateway alone: short
+answers in one piece, a second, and engine steps of long streamed answers, a second;
 steps that wait together leave as one chunk. Also the governed server's resident memory. Asserts nothing.
 """
 

@@ -11,7 +11,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,11 @@ class LookingEngine(ScriptedEngine):
         self.witness: Witness | None = None
         self.found: list[tuple[str | None, str]] = []  # what was on record, what it was asked
 
-    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncGenerator[TokenDelta, None]:
         assert self.witness is not None
         on_record = self.witness.received_prompt(request.request_id.partition("/")[0])
         self.found.append((on_record, self.decode(request.prompt)))
-        async with aclosing(super().generate(request, rest_s)) as deltas:  # type: ignore[type-var]
+        async with aclosing(super().generate(request, rest_s)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -245,9 +245,9 @@ def test_as_many_guardrails_as_choices_make_no_record_too_large_to_close_with(tm
 class TrailingEngine(ScriptedEngine):
     """Its text trails its tokens, as the real detokenizer's does: whole characters only, and the last eight wait."""
 
-    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncGenerator[TokenDelta, None]:
         output, told = b"", 0
-        async with aclosing(super().generate(request, rest_s)) as deltas:  # type: ignore[type-var]
+        async with aclosing(super().generate(request, rest_s)) as deltas:
             async for delta in deltas:
                 output += bytes(delta.tokens)
                 text = output.decode(errors="ignore")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 
 from engine.dialect import Dialect
 from engine.request import (
@@ -108,7 +108,7 @@ class ScriptedEngine:
         if structure.kind is not StructureKind.MESSAGE:  # who wrote the script kept to a message
             raise RequestRefused("a script has no structure", "response_format")
 
-    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
+    async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncGenerator[TokenDelta, None]:
         if self._draining:
             raise EngineDraining("draining")
         if self._fail_with is not None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -131,7 +131,9 @@ async def test_under_another_numeric_policy_equality_is_never_claimed(engine: En
 
 async def test_a_replay_that_is_aborted_gives_no_verdict() -> None:
     class AbortingRuntime(EngineRuntime):
-        async def generate(self, request: GenerationRequest, rest_s: Rest = no_rest) -> AsyncIterator[TokenDelta]:
+        async def generate(
+            self, request: GenerationRequest, rest_s: Rest = no_rest
+        ) -> AsyncGenerator[TokenDelta, None]:
             async for delta in super().generate(request, rest_s):
                 self.abort(request.request_id)
                 yield delta

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -147,16 +148,16 @@ def test_tiles_in_float32_are_invariant_here(size: int) -> None:
 
 
 def test_a_segment_that_looks_at_its_neighbours_is_found_out() -> None:
-    def leaning(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = segment_tiled(tiles, *others)  # type: ignore[arg-type]
+    def leaning(tiles: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = segment_tiled(tiles, *others)
         return out + tiles.amax() * 2**-6, logsum
 
     assert not verify_invariance(Segment(leaning, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
 
 
 def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> None:
-    def counting(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = steady(tiles, *others)  # type: ignore[arg-type]
+    def counting(tiles: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = steady(tiles, *others)
         return out, logsum + 2**-12 * (tiles.shape[2] == 7)
 
     assert verify_invariance(Segment(counting, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
@@ -164,8 +165,8 @@ def test_a_segment_whose_bits_depend_on_the_number_of_rows_is_found_out() -> Non
 
 
 def test_a_segment_whose_bits_depend_on_a_prompt_going_in_one_piece_is_found_out() -> None:
-    def counting(tiles: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = steady(tiles, *others)  # type: ignore[arg-type]
+    def counting(tiles: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = steady(tiles, *others)
         return out, logsum + 2**-12 * (tiles.shape[2] > 768)
 
     assert verify_invariance(Segment(counting, any_rows=True, many_rows=False), 1, 16, torch.bfloat16)
@@ -173,8 +174,8 @@ def test_a_segment_whose_bits_depend_on_a_prompt_going_in_one_piece_is_found_out
 
 
 def test_a_segment_whose_bits_depend_on_the_number_of_keys_is_found_out() -> None:
-    def counting(tiles: torch.Tensor, keys: torch.Tensor, *others: object) -> tuple[torch.Tensor, torch.Tensor]:
-        out, logsum = steady(tiles, keys, *others)  # type: ignore[arg-type]
+    def counting(tiles: torch.Tensor, keys: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, logsum = steady(tiles, keys, *others)
         return out, logsum + 2**-12 * (keys.shape[2] == 5 * 64)
 
     assert not verify_invariance(Segment(counting, any_rows=False, many_rows=False), 1, 16, torch.bfloat16)
@@ -197,7 +198,7 @@ def test_merging_an_empty_state_changes_no_bit() -> None:
     state = tuple(torch.randn(shape, generator=generator) for shape in ((3, 2, ROWS), (3, 2, ROWS), (3, 2, ROWS, 8)))
     nothing = torch.zeros(3, 2, ROWS)
     empty = (torch.full_like(nothing, -torch.inf), nothing, torch.zeros(3, 2, ROWS, 8))
-    for merged in (merge_state(empty, state), merge_state(state, empty)):  # type: ignore[arg-type]
+    for merged in (merge_state(empty, state), merge_state(state, empty)):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(merged, state, strict=True))
 
 
