@@ -1,9 +1,10 @@
 """The sequencer: gives leaves their index in the log, grows the tree, and publishes signed checkpoints.
 
 Each writer's leaves are dense and chained; which leaf of which writer is leaf 17 of the log is decided here, once, by
-one insert into `leaf_number`. SQLite: inside the writer's own transaction, since there is one writer. PostgreSQL: later
-(≤ 1 s), by whichever replica holds the advisory lock; the primary key fences a second one. A lock held to commit by
-every writer was measured flat at 8,000 records/s; without it, 27,000.
+one insert into `leaf_number`, after it was written (≤ 1 s): many at once, before the next checkpoint, cost a waiter
+nothing. On PostgreSQL whichever replica holds the advisory lock does it; the primary key fences a second one. A lock
+held to commit by every writer was measured flat at 8,000 records/s; without it, 27,000. On SQLite, numbering in the
+writer's own transaction was measured to take 50 µs of 430 a record.
 
 A tile is written when it is full; the tree's right edge is kept in `head`. Knows hashes and rows, no content.
 Source: C2SP tlog-tiles; RFC 9162.
@@ -25,7 +26,7 @@ from audit.tables import chain, checkpoint, head, insert_rows, leaf, leaf_number
 
 TILE_BITS = 8
 TILE_WIDTH = 1 << TILE_BITS  # hashes a tile
-MAX_NUMBERED_AT_ONCE = 4_096  # leaves of one writer a transaction, on PostgreSQL
+MAX_NUMBERED_AT_ONCE = 4_096  # leaves of one writer a transaction
 _ADVISORY_LOCK = 0x70726F62  # "prob": one sequencer a database
 
 
@@ -154,13 +155,14 @@ def _split(hashes: bytes) -> list[bytes]:
 
 
 def number_waiting(connection: Connection) -> bool:
-    """PostgreSQL: number what writers appended and nobody numbered yet. Return whether there may be more.
+    """Number what writers appended and nobody numbered yet. Return whether there may be more.
 
-    Holds the advisory lock for this transaction; returns at once where another replica holds it.
+    PostgreSQL: holds the advisory lock for this transaction; returns at once where another replica holds it.
     """
-    held = connection.execute(select(func.pg_try_advisory_xact_lock(_ADVISORY_LOCK))).scalar_one()
-    if not held:
-        return False
+    if connection.dialect.name == "postgresql":
+        held = connection.execute(select(func.pg_try_advisory_xact_lock(_ADVISORY_LOCK))).scalar_one()
+        if not held:
+            return False
     waiting = connection.execute(
         select(chain.c.log, chain.c.writer, chain.c.appended, chain.c.numbered)
         .where(chain.c.appended > chain.c.numbered)

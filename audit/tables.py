@@ -198,7 +198,9 @@ ROWS_A_STATEMENT = 64  # below what SQLite and PostgreSQL bind at once, for the 
 
 def insert_rows(connection: Connection, table: Table, rows: Sequence[dict[str, Any]]) -> None:
     """Insert rows, each with every column of the table."""
-    names = tuple(table.columns.keys())
+    if not rows:
+        return
+    names = _names(table)
     for some in batched(rows):
         values = tuple(row[name] for row in some for name in names)
         execute(connection, _insert_into(table, len(some), connection.dialect), values)
@@ -244,10 +246,15 @@ def execute(connection: Connection, statement: str, values: Sequence[Any] | Mapp
     return cursor
 
 
+@lru_cache(maxsize=64)
+def _names(table: Table) -> tuple[str, ...]:
+    return tuple(table.columns.keys())
+
+
 @lru_cache(maxsize=1024)
 def _insert_into(table: Table, rows: int, dialect: Dialect) -> str:
-    columns = ", ".join(table.columns.keys())
-    return f"INSERT INTO {table.name} ({columns}) VALUES {placeholders(rows, len(table.columns), dialect)}"  # noqa: S608
+    names = _names(table)
+    return f"INSERT INTO {table.name} ({', '.join(names)}) VALUES {placeholders(rows, len(names), dialect)}"  # noqa: S608
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,8 @@ answered is looked up before anything else is written.
 
 An I/O error from the disk ends the writer for good: after a failed fsync nobody knows what is on the disk.
 
-Owned by the thread: chains, open requests. Shared, under the condition: the queue, and what is gathered for it.
+Owned by the thread: its connection, chains, open requests. Shared, under the condition: the queue, and what is
+gathered for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -41,7 +43,7 @@ from audit.keystore import KeyStore, KeyStoreError
 from audit.leaf import FIRST_PREV, Leaf, PartCommitment
 from audit.ratchet import Ratchet, RatchetError
 from audit.records import CLOSING, Receipt, Record, RecordType, Segment
-from audit.sequencer import NewLeaf, number, number_waiting, open_log, publish, unpublished
+from audit.sequencer import number_waiting, open_log, publish, unpublished
 from audit.tables import chain, content, head, insert_rows, journal, leaf, request_index, run, writer
 
 # LogError                  catch this
@@ -90,6 +92,7 @@ MAX_BATCH_RECORDS = 512
 MAX_BATCH_BYTES = 4 << 20
 MAX_QUEUED = 16_384  # entries
 PUBLISH_EVERY_S = 0.5
+PUBLISH_EVERY_LEAVES = 1024  # or sooner: what is numbered at once holds up who appends meanwhile
 DISK_EVERY_S = 1.0
 LEASE_S = 30.0
 RETRIES = 3  # reconnections after a lost answer
@@ -204,11 +207,12 @@ class Writer:
         self._gathered: list[_Entry] = []  # submitted after all that is in the queue, and not yet handed over
         self._condition = threading.Condition()
         self._closing = False
+        self._connection: Connection | None = None
         self._chains: dict[str, _Link] = {}
         self._open: dict[str, _OpenRequest] = {}
         self._logs: set[str] = set()
         self._uncertain = False  # a batch failed: look what is stored before writing on
-        self._dirty = False  # leaves were appended since the last checkpoint
+        self._unpublished = 0  # leaves since the last checkpoints
         self._published_at = 0.0
         self._leased_at = 0.0
         self._disk_checked_at = 0.0
@@ -323,6 +327,7 @@ class Writer:
                     self._write(entries)
                 self._housekeep()
             self._end()
+            self._let_go()
         except BaseException as error:  # a bug of ours must not leave waiters hanging
             self._die(f"the audit writer failed: {type(error).__name__}")
             raise
@@ -509,13 +514,31 @@ class Writer:
             self.last_commit = self._now()
         self._chains = batch.chains
         self._open = {key: value for key, value in batch.opened.items() if key not in batch.closed}
-        self._dirty = self._dirty or bool(batch.leaves)
+        self._unpublished += len(batch.leaves)
         if batch.new_logs:
             self._logs |= batch.new_logs.keys()
             self._on_new_log()
 
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """Yield the thread's connection in a transaction. It is kept: what a pool does to hand one out, and to have it
+        back, takes as long as writing a segment. After a failure the pool looks at it, or makes another."""
+        connection = self._connection = self._connection or self._database.writer.connect()
+        try:
+            with connection.begin():
+                yield connection
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        """Give the connection back."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
     def _transact(self, batch: _Batch, within: Within | None) -> None:
-        with self._database.writer.begin() as connection:
+        with self._transaction() as connection:
             self._check_fence(connection)
             if within is not None:
                 _run_within(within, connection)
@@ -544,7 +567,7 @@ class Writer:
             raise _Fenced
 
     def _keep_chains(self, connection: Connection, leaves: Sequence[dict[str, Any]]) -> None:
-        """Note how far the chains have come; on SQLite, number the leaves in the same breath."""
+        """Note how far the chains have come."""
         by_log: dict[str, list[dict[str, Any]]] = {}
         for row in leaves:
             by_log.setdefault(row["log"], []).append(row)
@@ -552,14 +575,9 @@ class Writer:
             appended = rows[-1]["writer_seq"] + 1
             values = {"at_log": log, "at_writer": self.id, "appended": appended}
             if rows[0]["writer_seq"] == 0:
-                numbered = appended if self._database.embedded else 0
-                connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=numbered))
-            elif self._database.embedded:
-                run(connection, _APPENDED_AND_NUMBERED, {**values, "numbered": appended})
+                connection.execute(insert(chain).values(log=log, writer=self.id, appended=appended, numbered=0))
             else:
                 run(connection, _APPENDED, values)
-            if self._database.embedded:
-                number(connection, log, [NewLeaf(self.id, row["writer_seq"], row["leaf_hash"]) for row in rows])
 
     def _commit_again(self, batch: _Batch) -> None:
         """The connection broke: find out whether the batch is stored; if it is not, store the same bytes once."""
@@ -582,7 +600,7 @@ class Writer:
 
     def _is_stored(self, batch: _Batch) -> bool:
         """A batch is one transaction: its last row stands for all."""
-        with self._database.writer.begin() as connection:
+        with self._transaction() as connection:
             if batch.leaves:
                 last = batch.leaves[-1]
                 found = connection.execute(select(leaf.c.leaf_hash).where(leaf.c.record_id == last["record_id"]))
@@ -609,7 +627,7 @@ class Writer:
 
     def _settle_uncertainty(self) -> None:
         """After a failure: take up the chains as they are stored. Raises where the database still does not answer."""
-        with self._database.writer.begin() as connection:
+        with self._transaction() as connection:
             self._chains = _stored_chains(connection, self.id)
             self._logs = set(connection.execute(select(head.c.log)).scalars())
             open_ids = connection.execute(
@@ -696,7 +714,8 @@ class Writer:
             self._disk_checked_at = now
             free = self._database.disk_free()
             self.disk_low = free is not None and free < self._low_water_bytes
-        if now - self._published_at >= PUBLISH_EVERY_S and (self._dirty or not self._database.embedded):
+        due = now - self._published_at >= PUBLISH_EVERY_S and (self._unpublished or not self._database.embedded)
+        if due or self._unpublished >= PUBLISH_EVERY_LEAVES:
             self._published_at = now
             self._attempt(self._publish)
         if now - self._leased_at >= self._lease_s / 3:
@@ -721,19 +740,18 @@ class Writer:
                 self._die("the log and its ratchet cannot be kept; check the disk, verify the log, then restart")
 
     def _publish(self) -> None:
-        if not self._database.embedded:
-            more = True
-            while more:
-                with self._database.writer.begin() as connection:
-                    more = number_waiting(connection)
-        with self._database.writer.begin() as connection:
+        more = True
+        while more:
+            with self._transaction() as connection:
+                more = number_waiting(connection)
+        with self._transaction() as connection:
             due = unpublished(connection)
             if due:
                 publish(connection, due, self._keyring.signer, self._ratchet, _us(self._now()))
-        self._dirty = False
+        self._unpublished = 0
 
     def _renew_lease(self) -> None:
-        with self._database.writer.begin() as connection:
+        with self._transaction() as connection:
             until = _us(self._now() + self._lease_s)
             renewed = connection.execute(
                 update(writer).where(writer.c.id == self.id, writer.c.ended.is_(None)).values(lease_until=until)
@@ -748,7 +766,7 @@ class Writer:
             self._attempt(self._end_lease)
 
     def _end_lease(self) -> None:
-        with self._database.writer.begin() as connection:
+        with self._transaction() as connection:
             connection.execute(update(writer).where(writer.c.id == self.id).values(ended=_us(self._now())))
 
 
@@ -840,7 +858,6 @@ _APPENDED = (
     .where(chain.c.log == bindparam("at_log"), chain.c.writer == bindparam("at_writer"))
     .values(appended=bindparam("appended"))
 )
-_APPENDED_AND_NUMBERED = _APPENDED.values(numbered=bindparam("numbered"))
 
 
 def _stored_chains(connection: Connection, writer_id: str) -> dict[str, _Link]:

@@ -76,6 +76,8 @@ def test_nothing_confirmed_is_lost_when_the_writer_is_killed(place: LogPlace, tm
     report = place.verify()
     assert report.first_wrong is None
     assert sum(entry.open_requests for entry in report.logs) == 0
+    # What the killed writer had appended and not numbered yet is numbered, too.
+    assert all(entry.leaves == entry.signed_size and not entry.unnumbered for entry in report.logs)
     assert place.rows("SELECT count(*) FROM journal") == [(0,)]
     heard: dict[str, str] = defaultdict(str)
     for line in said:
