@@ -20,6 +20,11 @@ from functools import lru_cache
 
 from audit.records import MAX_LEAF_BYTES, Json
 
+try:
+    import orjson
+except ModuleNotFoundError:  # an auditor needs nothing but Python; where every answer waits for its leaf, it is there
+    orjson = None  # type: ignore[assignment]
+
 # LeafError                catch this: the leaf cannot stand, or cannot have been written by us
 # ├── NotRepresentable     a value to encode is outside the profile: the caller is wrong
 # ├── LeafTooLarge         more than 65,535 bytes
@@ -56,10 +61,7 @@ def canonical(value: Json) -> bytes:
         NotRepresentable: a key, number, text or type is outside the profile, or the nesting is deeper than 32.
     """
     _check(value, 1)
-    # Of a checked value, sorted and compact `json` is RFC 8785: it escapes only `"`, `\` and U+0000…U+001F,
-    # with the short forms where JSON has them and lower-case hex elsewhere, and leaves all other text as it is.
-    text = _ENCODER.encode(value)
-    return text.encode("utf-8")
+    return _encode(value)
 
 
 def canonical_leaf(value: Mapping[str, Json]) -> bytes:
@@ -125,7 +127,8 @@ def _check(value: Json, depth: int) -> None:
     elif kind is dict or isinstance(value, Mapping):
         for key, member in value.items():  # type: ignore[union-attr]
             _check_key(key)
-            _check(member, depth + 1)
+            if type(member) is not str or not member.isascii():  # as most are, of every leaf
+                _check(member, depth + 1)
     elif kind is list or (isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray, memoryview))):
         for member in value:
             _check(member, depth + 1)
@@ -135,7 +138,7 @@ def _check(value: Json, depth: int) -> None:
 
 @lru_cache(maxsize=4096)  # there are few keys, and only good ones are kept
 def _check_key(key: object) -> None:
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
+    if type(key) is not str or not _KEY.fullmatch(key):
         raise NotRepresentable("an object key is not of the form `[a-z0-9_]+`")
 
 
@@ -159,6 +162,19 @@ _ENCODER = json.JSONEncoder(
     check_circular=False,  # `_check` stops at its depth
     default=_plain,
 )
+
+
+def by_json(value: Json) -> bytes:
+    return _ENCODER.encode(value).encode("utf-8")
+
+
+def by_orjson(value: Json) -> bytes:
+    return orjson.dumps(value, _plain, orjson.OPT_SORT_KEYS)
+
+
+# Of a checked value, sorted and compact JSON of either library is RFC 8785: only `"`, `\` and U+0000…U+001F are
+# escaped, with the short forms where JSON has them and lower-case hex elsewhere, and other text is left as it is.
+_encode = by_json if orjson is None else by_orjson
 
 
 def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -7,7 +7,7 @@ import rfc8785
 from hypothesis import given
 from hypothesis import strategies as st
 
-from audit.canonical import MAX_INTEGER, LeafError, canonical, parse_leaf
+from audit.canonical import MAX_INTEGER, LeafError, by_json, by_orjson, canonical, parse_leaf
 from audit.records import Json
 
 _keys = st.text(alphabet="abcxyz0189_", min_size=1, max_size=6)
@@ -22,6 +22,11 @@ _leaves = st.dictionaries(_keys, _values, max_size=6)
 @given(_values)
 def test_canonical_bytes_are_those_of_rfc8785(value: Json) -> None:
     assert canonical(value) == rfc8785.dumps(value)  # type: ignore[arg-type]
+
+
+@given(_values)
+def test_both_libraries_write_the_same_bytes(value: Json) -> None:
+    assert by_json(value) == by_orjson(value) == canonical(value)
 
 
 @given(_leaves)
