@@ -21,6 +21,7 @@ from typing import cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import ApiError, headers_too_large, overloaded, request_timeout
+from gateway.turn_transport import TurnTransport
 
 MAX_RATIO = 4  # a header of one letter takes four bytes more than it counts
 MAX_ADDRESS_BYTES = 65_536  # of the first line: what the parser takes
@@ -39,7 +40,7 @@ class BoundedHttp(HttpToolsProtocol):
     _due: asyncio.TimerHandle | None = None  # when what is coming must be there
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as it is declared there
-        super().connection_made(transport)
+        super().connection_made(TurnTransport(transport, self.loop))
         if len(self.connections) > self.max_connections:
             self._refuse(overloaded())
         else:
