@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from decimal import Decimal
+from functools import lru_cache
 
 from audit.records import DecisionEntry, GuardrailEntry, Json, LimitEntry, PrincipalEntry
 from engine.request import Pooling, SamplingParams
@@ -101,6 +102,7 @@ def _adjustments(sampling: SamplingParams) -> dict[str, Json]:
     return stated
 
 
+@lru_cache(maxsize=1024)
 def decimal_text(value: float) -> str:
     """Return the shortest decimal that reads back as the same double, without an exponent: 0.7 → `0.7`, 1.0 → `1`."""
     return format(Decimal(repr(float(value))).normalize(), "f")

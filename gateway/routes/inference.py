@@ -186,11 +186,12 @@ async def _whole(request: Request, answered: Answered, renderer: WholeRenderer) 
 
 async def _streamed(request: Request, answered: Answered, renderer: Renderer) -> Response:
     outbox = answered.answer.outbox
+    stream = EventStream(outbox, renderer, answered.question.request.outputs, answered.headers)
     with watch_disconnect(request.receive, outbox):
         first = await outbox.peek()
     if isinstance(first, Failure):  # nothing was sent yet: the status line can still say it
         raise first.error.with_headers(answered.headers)
-    return EventStream(outbox, renderer, answered.question.request.outputs, answered.headers)
+    return stream
 
 
 def _envelope(answered: Answered) -> Envelope:

@@ -30,11 +30,13 @@ DETECTORS = {
 }
 
 
-def longest_span(detector: str, entities: Iterable[str]) -> int | None:
+@lru_cache(maxsize=256)
+def longest_span(detector: str, entities: tuple[str, ...]) -> int | None:
     """Return the characters that the longest match can span; None where there is no bound."""
     return max(entity.longest for entity in DETECTORS[detector].chosen(entities))
 
 
+@lru_cache(maxsize=256)
 def chosen(detector: str, entities: tuple[str, ...]) -> tuple[Entity, ...]:
     return DETECTORS[detector].chosen(entities)
 
