@@ -1,17 +1,18 @@
 """What governance costs: the gateway with everything on, against the bare engine behind the same HTTP layer.
 
-    python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--shape half-billion] [--commit-delay-ms 1]
+    python -m tests.benchmarks.bench_gateway [--engine demo|scripted] [--shape half-billion] [--fsync-ms 1]
                                              [--requests 96] [--rounds 1]
 
 Both servers run in processes of their own, in turn, with the load client in a third; TTFT, throughput and their ratios
 at concurrency 1, 8 and 32, streamed. With several rounds each figure is the median of as many runs, and so is what is
 added and the ratio, of the two runs of a round: a machine that others use as well is not as fast from one to the next.
 
-Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one length, all would end in the same step,
-and the next be asked together. `--shape` puts a model of random weights in the place of the demonstration model, as
-bench_peers draws it. With the scripted engine, which answers at once, also what is asked of a gateway alone: short
-answers in one piece, a second, and engine steps of long streamed answers, a second;
-steps that wait together leave as one chunk. Also the governed server's resident memory. Asserts nothing.
+Asked is what the demonstration model is measured by: one question for all would be answered from the cache, and always
+begin with the same word. Answers are of a quarter to seven quarters of `--max-tokens`, drawn once: of one length, all
+would end in the same step, and the next be asked together. `--shape` puts a model of random weights in the place of the
+demonstration model, as bench_peers draws it. With the scripted engine, which answers at once, also what is asked of a
+gateway alone: short answers in one piece, a second, and engine steps of long streamed answers, a second; steps that
+wait together leave as one chunk. Also the governed server's resident memory. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from statistics import median
 import httpx
 import psutil
 
+from gateway.demo.dialogues import held_out_dialogues
+from tests.benchmarks.bench_demo_model import SEED
 from tests.benchmarks.checkpoint import SHAPES, write_checkpoint
-from tests.benchmarks.load import QUESTION, Load, run_load
+from tests.benchmarks.load import Load, run_load
 from tests.benchmarks.machine import describe_machine
 from tests.support.server import free_port
 from tests.support.tenant import MODEL
@@ -84,7 +87,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--commit-delay-ms", type=float, default=0.0)
+    parser.add_argument("--fsync-ms", type=float, default=0.0, help="as on a slower disk than this one")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         _measure(arguments, Path(directory))
@@ -92,18 +95,18 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, directory: Path) -> None:
     print(describe_machine())
+    disk = f"a disk whose fsync takes {arguments.fsync_ms:g} ms" if arguments.fsync_ms else "this disk"
     print(f"engine: {arguments.shape or arguments.engine}; {arguments.requests} streamed requests, "
-          f"{arguments.max_tokens} tokens in the mean; commit delayed by {arguments.commit_delay_ms:g} ms; "
-          f"rounds: {arguments.rounds}")  # fmt: skip
+          f"{arguments.max_tokens} tokens in the mean; {disk}; rounds: {arguments.rounds}")  # fmt: skip
     print(f"{'concurrency':>11} {'server':>9} {'ttft p50':>9} {'p99':>8} {'tokens/s':>9} {'chunks/s':>9} {'req/s':>7}")
     options = ["--engine", arguments.engine]
     if arguments.shape is not None:
         write_checkpoint(arguments.shape, directory / "model")
         options += ["--model", str(directory / "model")]
-    workload = _draw_lengths(directory / "workload", arguments.requests, arguments.max_tokens)
+    workload = _draw_workload(directory / "workload", arguments.requests, arguments.max_tokens)
     with (
         served("bare", options) as bare,
-        served("governed", [*options, "--commit-delay-ms", str(arguments.commit_delay_ms)]) as governed,
+        served("governed", [*options, "--fsync-ms", str(arguments.fsync_ms)]) as governed,
     ):
         for concurrency in (1, 8, 32):
             requests = arguments.requests if concurrency > 1 else max(8, arguments.requests // 4)
@@ -120,10 +123,16 @@ def _measure(arguments: argparse.Namespace, directory: Path) -> None:
         print(f"governed server: {governed.resident_mib:.0f} MiB resident; bare: {bare.resident_mib:.0f} MiB")
 
 
-def _draw_lengths(file: Path, requests: int, mean: int) -> Path:
+def _draw_workload(file: Path, requests: int, mean: int) -> Path:
+    """Write what is asked, a line a request: the questions that the demonstration model is measured by."""
     rng = random.Random(5)
-    lengths = [rng.randint(-(-mean // 4), 7 * mean // 4) for _ in range(requests)]
-    file.write_text("".join(json.dumps({"text": QUESTION, "max_tokens": length}) + "\n" for length in lengths))
+    dialogues = list(held_out_dialogues(SEED, requests))
+    rng.shuffle(dialogues)
+    asked = (
+        {"text": dialogue.messages[-1]["content"], "max_tokens": rng.randint(-(-mean // 4), 7 * mean // 4)}
+        for dialogue in dialogues[:requests]
+    )
+    file.write_text("".join(json.dumps(one) + "\n" for one in asked))
     return file
 
 

@@ -3,8 +3,8 @@
     python -m tests.benchmarks.measured_servers governed --data DIR --port N --engine demo
 
 `governed` is the real gateway with everything on: credential, policy with guardrails on input and output, durable log.
-`bare` has nothing of that: parse, generate, render. `--commit-delay-ms` makes every commit of the log slower, as on the
-disk of a data centre.
+`bare` has nothing of that: parse, generate, render. `--fsync-ms` makes every commit of the log as slow as on a disk
+whose fsync takes so long, such as one of a data centre.
 """
 
 from __future__ import annotations
@@ -12,12 +12,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import secrets
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import uvicorn
 from fastapi import FastAPI, Request
+from sqlalchemy import Engine as DatabaseEngine
 from sqlalchemy import event
 from starlette.responses import Response
 
@@ -25,6 +29,7 @@ from engine.request import Engine, GenerationRequest, SamplingParams
 from gateway.admission import parse_json
 from gateway.answer import Outbox, Piece, Usage
 from gateway.app import create_app, load_model, server
+from gateway.bounded_http import bounded_http
 from gateway.rendering.chat import ChatRenderer
 from gateway.rendering.renderer import Envelope
 from gateway.schemas.inference import ChatRequest
@@ -54,15 +59,41 @@ def make_engine(name: str, data: Path, model: Path | None, runs_in: str) -> Engi
     return load_model(load_settings(None, {}, overrides))
 
 
-def run_governed(data: Path, port: int, engine: Engine, commit_delay_s: float) -> None:
+def run_governed(data: Path, port: int, engine: Engine, fsync_s: float) -> None:
     overrides = {"data_dir": str(data), "server.port": port, "limits.max_governed": 1024}
     app = create_app(load_settings(None, {}, overrides), engine=engine)
     activate_policy(app, policy_text(engine.model.digest, obligations=OBLIGATIONS, sections=GUARDRAILS))
-    if commit_delay_s:
-        database = app.state.probity.log.database.writer
-        event.listen(database, "commit", lambda connection: time.sleep(commit_delay_s))
+    if fsync_s:
+        slow_down(app.state.probity.log.database.writer, data / "fsync", fsync_s)
     (data / "app.jwt").write_text(credential(app, "app"))
     server(app).run_alone()
+
+
+def slow_down(database: DatabaseEngine, file: Path, fsync_s: float) -> None:
+    """Let every commit sleep for what an fsync of this disk lacks; a sleep is late, and that is counted."""
+    own_s = median(_fsyncs_s(file))
+    late_s = median(_sleeps_s(0.001)) - 0.001
+    if own_s + late_s >= fsync_s:
+        raise SystemExit(f"an fsync takes {own_s * 1e3:.2f} ms here; give `--fsync-ms` more than that, or leave it out")
+    print(f"an fsync takes {own_s * 1e3:.2f} ms here; each commit takes {(fsync_s - own_s) * 1e3:.2f} ms more")
+    event.listen(database, "commit", lambda connection: time.sleep(fsync_s - own_s - late_s))
+
+
+def _fsyncs_s(file: Path) -> Iterator[float]:
+    with file.open("wb", buffering=0) as opened:
+        for _ in range(100):
+            opened.seek(0)
+            opened.write(bytes(1 << 16))  # about what a record writes, where something is already
+            begun = time.perf_counter()
+            os.fdatasync(opened.fileno())
+            yield time.perf_counter() - begun
+
+
+def _sleeps_s(seconds: float) -> Iterator[float]:
+    for _ in range(100):
+        begun = time.perf_counter()
+        time.sleep(seconds)
+        yield time.perf_counter() - begun
 
 
 def run_bare(data: Path, port: int, engine: Engine) -> None:
@@ -71,7 +102,15 @@ def run_bare(data: Path, port: int, engine: Engine) -> None:
     app = create_bare_app(engine)
     gc.collect()
     gc.freeze()  # as the governed one does
-    uvicorn.run(app, host="127.0.0.1", port=port, log_config=None, access_log=False)
+    uvicorn.run(
+        app,
+        host="127.0.0.1",
+        port=port,
+        http=bounded_http(10.0, 60.0, 2_048),  # its timers and its way of writing are the governed one's
+        h11_max_incomplete_event_size=65_536,
+        log_config=None,
+        access_log=False,
+    )
 
 
 def create_bare_app(engine: Engine) -> FastAPI:
@@ -126,13 +165,13 @@ def main() -> None:
     parser.add_argument("--engine", choices=("demo", "scripted"), default="demo")
     parser.add_argument("--model", type=Path, help="a directory, instead of the demonstration model")
     parser.add_argument("--runs-in", choices=("thread", "process"), default="process")
-    parser.add_argument("--commit-delay-ms", type=float, default=0.0)
+    parser.add_argument("--fsync-ms", type=float, default=0.0, help="as on a slower disk than this one")
     arguments = parser.parse_args()
     engine = make_engine(arguments.engine, arguments.data, arguments.model, arguments.runs_in)
     if arguments.kind == "bare":
         run_bare(arguments.data, arguments.port, engine)
     else:
-        run_governed(arguments.data, arguments.port, engine, arguments.commit_delay_ms / 1000)
+        run_governed(arguments.data, arguments.port, engine, arguments.fsync_ms / 1000)
 
 
 if __name__ == "__main__":
