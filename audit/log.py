@@ -40,6 +40,7 @@ class LogSettings:
     append_timeout_s: float = 10.0
     low_water_bytes: int = 256 << 20  # below it, no new request is taken
     lease_s: float = 30.0  # PostgreSQL: a gateway silent for so long is fenced, and its open requests are closed
+    rhythm_s: float = 0.0  # between the beginnings of a busy writer's batches, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class AuditLog:
             on_new_log=self._write_trust,
             on_death=on_death,
             lease_s=settings.lease_s,
+            rhythm_s=settings.rhythm_s,
         )
 
     @classmethod

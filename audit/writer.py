@@ -4,9 +4,10 @@
 
 There is no timer: while one batch is being made durable the next one gathers. What one turn of an event loop appends is
 handed over together, at the end of the turn: a commit costs as much as ten records do, and two threads that take the
-interpreter from each other for every record cost more. When a waiter is resolved, what it appended survives a crash.
-Any error fails every waiter of the batch; nothing is acknowledged that is not durable, and a batch whose COMMIT was not
-answered is looked up before anything else is written.
+interpreter from each other for every record cost more. Where others want the processors too, a busy writer may be given
+a rhythm: after a batch of several, the next begins no sooner than so long after it. When a waiter is resolved, what it
+appended survives a crash. Any error fails every waiter of the batch; nothing is acknowledged that is not durable, and a
+batch whose COMMIT was not answered is looked up before anything else is written.
 
 An I/O error from the disk ends the writer for good: after a failed fsync nobody knows what is on the disk.
 
@@ -91,6 +92,7 @@ class AlreadyClosed(LogError):
 MAX_BATCH_RECORDS = 512
 MAX_BATCH_BYTES = 4 << 20
 MAX_QUEUED = 16_384  # entries
+BUSY = 4  # entries in a batch, from which on a rhythm is kept
 PUBLISH_EVERY_S = 0.5
 PUBLISH_EVERY_LEAVES = 1024  # or sooner: what is numbered at once holds up who appends meanwhile
 DISK_EVERY_S = 1.0
@@ -189,6 +191,7 @@ class Writer:
         on_new_log: Callable[[], None] = lambda: None,
         on_death: Callable[[str], None] = lambda why: None,
         lease_s: float = LEASE_S,
+        rhythm_s: float = 0.0,  # none
     ) -> None:
         self._random = random or RandomPages()
         self._now = now
@@ -202,6 +205,8 @@ class Writer:
         self._on_new_log = on_new_log
         self._on_death = on_death
         self._lease_s = lease_s
+        self._rhythm_s = rhythm_s
+        self._resting_until = 0.0  # monotonic
         self.id = self._random(8).hex()
         self._queue: deque[_Entry] = deque()
         self._gathered: list[_Entry] = []  # submitted after all that is in the queue, and not yet handed over
@@ -337,6 +342,9 @@ class Writer:
 
         An entry that is `alone` is a batch of its own.
         """
+        rest_s = self._resting_until - time.monotonic()
+        if rest_s > 0:
+            time.sleep(rest_s)
         with self._condition:
             if not self._queue and not self._closing:
                 self._condition.wait(PUBLISH_EVERY_S)
@@ -354,6 +362,7 @@ class Writer:
                 size += entry.size
                 if entry.alone:
                     break
+            self._resting_until = time.monotonic() + self._rhythm_s if len(entries) >= BUSY else 0.0
             return entries
 
     def _write(self, entries: list[_Entry]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
 
 from audit.content import SealedPart, open_part
@@ -22,6 +22,7 @@ from audit.ratchet import Ratchet, RatchetMissing
 from audit.reader import AuditReader
 from audit.records import SYSTEM, Json, Record, RecordType, Segment
 from audit.writer import (
+    BUSY,
     MAX_QUEUED,
     AlreadyClosed,
     DiskLow,
@@ -118,6 +119,34 @@ async def test_a_request_given_up_in_the_turn_it_was_appended_in_is_closed_behin
     log.close()
     statuses = place.rows("SELECT request_id, status FROM request_index ORDER BY request_id")
     assert statuses == [(R[0], "interrupted"), (R[1], "received")]
+    assert place.verify().first_wrong is None
+
+
+async def test_a_busy_writer_keeps_its_rhythm(place: LogPlace) -> None:
+    log = place.open(rhythm_s=1.0)
+    sizes: list[int] = []
+
+    def count(connection: Connection) -> None:
+        sizes.append(connection.execute(text("SELECT count(*) FROM leaf")).scalar_one())
+
+    event.listen(log.database.writer, "commit", count)
+    await asyncio.gather(*(log.append(received(R[number])) for number in range(BUSY)))
+    sizes.clear()
+    appending = []
+    for number in range(BUSY, BUSY + 8):  # in turns of their own, while the writer rests
+        appending.append(asyncio.ensure_future(log.append(received(R[number]))))
+        await asyncio.sleep(0.01)
+    await asyncio.gather(*appending)
+    assert len(set(sizes)) <= 2  # one batch, and one more where the machine stood still
+    log.close()
+    assert place.verify().first_wrong is None
+
+
+async def test_a_rhythm_holds_up_no_lone_record(place: LogPlace) -> None:
+    log = place.open(rhythm_s=3600.0)
+    for number in range(8):
+        await log.append(received(R[number]))
+    log.close()
     assert place.verify().first_wrong is None
 
 
