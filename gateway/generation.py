@@ -141,12 +141,12 @@ class Generation:
 
     async def _generate(self) -> None:
         """Follow every choice to its end while the pump releases; the first failure of either ends all."""
-        if len(self._choices) == 1 and not self._grant.question.request.stream:
-            await self._follow(0)  # the common case, without tasks to watch each other
-            return
-        followers = [asyncio.ensure_future(self._follow_in_turn(index)) for index in range(len(self._choices))]
         # An unstreamed answer leaves whole, after its closing record: there is nothing to journal on the way.
         pumps = [asyncio.ensure_future(self._release.pump())] if self._grant.question.request.stream else []
+        if len(self._choices) == 1:
+            await self._follow_beside(pumps)
+            return
+        followers = [asyncio.ensure_future(self._follow_in_turn(index)) for index in range(len(self._choices))]
         try:
             unfinished = set(followers)
             while unfinished:
@@ -158,6 +158,20 @@ class Generation:
             for task in (*followers, *pumps):
                 task.cancel()
             await asyncio.gather(*followers, *pumps, return_exceptions=True)
+
+    async def _follow_beside(self, pumps: Sequence[asyncio.Future[None]]) -> None:
+        """Follow the one choice, in this task: the common case. A pump that fails ends it by ending its generation."""
+        for pump in pumps:
+            pump.add_done_callback(lambda pump: None if pump.cancelled() else self._abort())
+        try:
+            await self._follow(0)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            ended = await asyncio.gather(*pumps, return_exceptions=True)
+        for failure in ended:
+            if isinstance(failure, Exception):
+                raise failure
 
     async def _follow_in_turn(self, index: int) -> None:
         async with self._at_once:

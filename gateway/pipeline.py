@@ -155,6 +155,7 @@ class Pipeline:
         try:
             with self._telemetry.stage("probity.answer", about):
                 answer = await self._answer(question)
+                await asyncio.sleep(0)  # the governed task goes first: the engine has the prompt while we go on
         except ApiError as error:
             self._telemetry.gateway.count_request(question.action, error.status, error.code)
             raise
