@@ -20,6 +20,7 @@ from audit.verify import main as verify
 from engine.config import EngineConfig
 from engine.load import load_engine
 from gateway.demo import model_directory
+from tests.support.audit_log import limit_pages
 from tests.support.gateway import RunningGateway, running_gateway
 from tests.support.officers import Hand
 from tests.support.postgres import PostgresServer
@@ -92,20 +93,14 @@ def test_a_full_disk_answers_503_and_is_written_to_again_once_there_is_room(tmp_
     with running_gateway(tmp_path, engine) as gateway:
         app = Hand(gateway, "app")
         assert app.post("/v1/chat/completions", CHAT).status_code == 200
-        _limit_pages(gateway, 1)  # as many as there are
+        limit_pages(gateway.rooms.log, 1)  # as many as there are
         large = {**CHAT, "messages": [{"role": "user", "content": "x" * 3000 + " and more" * 40}]}
         until(lambda: app.post("/v1/chat/completions", large).status_code == 503, "the disk did not fill")
         asked = len(engine.prompts)
         assert_unavailable(app, large, {**large, "stream": True}, {**large, "model": "no-such-model"})
-        _limit_pages(gateway, 1_000_000)
+        limit_pages(gateway.rooms.log, 1_000_000)
         assert_comes_back(app, engine, asked)
     assert_verifies(gateway)
-
-
-def _limit_pages(gateway: RunningGateway, pages: int) -> None:
-    """Let the database file have no more pages than this, or than it has. The writer's own connection says so."""
-    with gateway.rooms.log.database.writer.connect() as connection:
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
 
 
 def test_below_the_low_water_mark_nothing_new_is_taken_and_readiness_says_why(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from audit.log import AuditLog
 from audit.records import Record, RecordType
 from audit.writer import LogDead, LogUnavailable
-from tests.support.audit_log import TENANT, LogPlace, completed, embedded_place, received, request_id
+from tests.support.audit_log import TENANT, LogPlace, completed, embedded_place, limit_pages, received, request_id
 
 ROOT = Path(__file__).parents[2]
 READ = Record(RecordType.AUDIT_READ, TENANT, {"reason": "x" * 4_000})
@@ -37,15 +37,13 @@ def test_a_full_disk_refuses_and_is_written_to_again_once_there_is_room(tmp_path
     place = embedded_place(tmp_path)
     log = place.open()
     log.append_blocking(received(request_id(0)))
-    with log.database.writer.connect() as connection:  # the writer's own connection, while it waits
-        connection.exec_driver_sql(f"PRAGMA max_page_count={pages(place) + 20}")
+    limit_pages(log, pages(place) + 20)
     confirmed, refused = append_until_refused(log)
     assert not isinstance(refused, LogDead)
     assert log.health().alive
     with pytest.raises(LogUnavailable):
         log.append_blocking(READ)
-    with log.database.writer.connect() as connection:
-        connection.exec_driver_sql("PRAGMA max_page_count=1000000")
+    limit_pages(log, 1_000_000)
     log.append_blocking(completed(request_id(0)))
     log.close()
     assert place.rows("SELECT count(*) FROM leaf WHERE type = 'audit.read'") == [(confirmed,)]

@@ -130,9 +130,9 @@ class LogMachine(RuleBasedStateMachine):
         self.log = self.place.open()
 
     @invariant()
-    def the_index_and_the_heads_are_the_models(self) -> None:
+    def the_index_and_the_leaves_are_the_models(self) -> None:
         assert dict(self.place.rows("SELECT request_id, status FROM request_index")) == self.statuses  # type: ignore[arg-type]
-        sizes = {str(log): size for log, size in self.place.rows("SELECT log, size FROM head")}
+        sizes = {str(log): size for log, size in self.place.rows("SELECT log, count(*) FROM leaf GROUP BY log")}
         sizes.pop(f"{ORIGIN}/system")
         assert sizes == {f"{ORIGIN}/{tenant}": count for tenant, count in self.leaves.items()}
 
@@ -140,6 +140,7 @@ class LogMachine(RuleBasedStateMachine):
         self.log.close()
         report = self.place.verify()
         assert report.first_wrong is None
+        assert all(entry.leaves == entry.signed_size and not entry.unnumbered for entry in report.logs)
         log = self.place.open()
         try:
             for raw, nonce, ciphertext in self.place.rows(

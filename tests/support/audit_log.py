@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import Connection, create_engine, event, text
 
 import migrations
 from audit.database import reader_engine
@@ -95,6 +95,18 @@ def log_settings(url: str, directory: Path) -> LogSettings:
         origin=ORIGIN,
         low_water_bytes=0,
     )
+
+
+def limit_pages(log: AuditLog, pages: int) -> None:
+    """Let an embedded log's file have no more pages than this, or than it has, from the next transaction on.
+
+    It is the connection that is limited: the writer's own, which it keeps.
+    """
+
+    def limit(connection: Connection) -> None:
+        connection.connection.cursor().execute(f"PRAGMA max_page_count={pages}")
+
+    event.listen(log.database.writer, "begin", limit)  # what was said before is said before
 
 
 def request_id(number: int) -> str:

@@ -193,7 +193,7 @@ def test_guardrails_are_checked(members: dict[str, Any], path: str, what: str) -
 
 @pytest.mark.parametrize("entities", [["card"], ["iban", "ssn"], ["email"], []])
 def test_hold_chars_below_the_longest_span_are_an_error(entities: list[str]) -> None:
-    needed = longest_span("pii", entities)
+    needed = longest_span("pii", tuple(entities))
     assert needed is not None
     short = guardrail(entities=entities, streaming={"mode": "window", "hold_chars": needed - 1})
     assert str(needed) in findings(**short)["guardrails.g.streaming.hold_chars"]
