@@ -23,7 +23,7 @@ from audit.records import MAX_LEAF_BYTES, Json
 try:
     import orjson
 except ModuleNotFoundError:  # an auditor needs nothing but Python; where every answer waits for its leaf, it is there
-    orjson = None  # type: ignore[assignment]
+    orjson = None  # type: ignore[assignment]  # declared by the import as a module
 
 # LeafError                catch this: the leaf cannot stand, or cannot have been written by us
 # ├── NotRepresentable     a value to encode is outside the profile: the caller is wrong

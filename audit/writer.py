@@ -332,10 +332,11 @@ class Writer:
                     self._write(entries)
                 self._housekeep()
             self._end()
-            self._let_go()
         except BaseException as error:  # a bug of ours must not leave waiters hanging
             self._die(f"the audit writer failed: {type(error).__name__}")
             raise
+        finally:
+            self._let_go()
 
     def _take(self) -> list[_Entry] | None:
         """Return what waits, up to one batch; an empty list when it is time to housekeep; None at the end.

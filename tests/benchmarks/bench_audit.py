@@ -21,6 +21,7 @@ from pathlib import Path
 from sqlalchemy import event
 
 from audit.log import AuditLog
+from tests.benchmarks.machine import fsync_s
 from tests.support.audit_log import LogPlace, completed, embedded_place, received, request_id, server_place
 from tests.support.postgres import PostgresServer
 
@@ -31,7 +32,7 @@ _numbers = itertools.count()
 
 def main(seconds: float) -> None:
     print(f"machine: {_machine()}; {os.cpu_count()} CPUs; Python {platform.python_version()}; {seconds:g} s a figure")
-    print(f"fsync of 4 KiB appended: {_fsync_ms():.2f} ms (median of 200)\n")
+    print(f"fsync of 4 KiB appended: {fsync_s() * 1e3:.2f} ms (median of 200)\n")
     print(f"{'database':<12}{'delay':>7}{'callers':>9}{'requests/s':>12}{'leaves/s':>10}"
           f"{'p50 ms':>9}{'p99 ms':>9}{'CPU µs/request':>16}")  # fmt: skip
     server = PostgresServer()
@@ -81,18 +82,6 @@ async def _load(log: AuditLog, callers: int, seconds: float) -> list[float]:
 
     await asyncio.gather(*(call() for _ in range(callers)))
     return latencies
-
-
-def _fsync_ms() -> float:
-    times = []
-    with tempfile.TemporaryFile() as file:
-        for _ in range(200):
-            file.write(b"x" * 4096)
-            file.flush()
-            began = time.perf_counter()
-            os.fsync(file.fileno())
-            times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e3
 
 
 def _machine() -> str:

@@ -1,11 +1,14 @@
-"""The machine a figure was measured on, in one line."""
+"""The machine a figure was measured on, in one line, and its disk."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import tempfile
+import time
 from pathlib import Path
+from statistics import median
 
 
 def describe_machine() -> str:
@@ -24,3 +27,16 @@ def describe_machine() -> str:
         f"Python {platform.python_version()}",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def fsync_s(directory: Path | None = None) -> float:
+    """Return the seconds that an fsync of 4 KiB appended takes there, the median of 200."""
+    times = []
+    with tempfile.TemporaryFile(dir=directory) as file:
+        for _ in range(200):
+            file.write(b"x" * 4096)
+            file.flush()
+            began = time.perf_counter()
+            os.fsync(file.fileno())
+            times.append(time.perf_counter() - began)
+    return median(times)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from gateway.rendering.renderer import Envelope
 from gateway.schemas.inference import ChatRequest
 from gateway.settings import load_settings
 from gateway.streaming import EventStream, collect
+from tests.benchmarks.machine import fsync_s
 from tests.support.scripted_engine import ScriptedEngine
 from tests.support.tenant import activate_policy, credential, policy_text
 
@@ -59,34 +59,24 @@ def make_engine(name: str, data: Path, model: Path | None, runs_in: str) -> Engi
     return load_model(load_settings(None, {}, overrides))
 
 
-def run_governed(data: Path, port: int, engine: Engine, fsync_s: float) -> None:
+def run_governed(data: Path, port: int, engine: Engine, disk_s: float) -> None:
     overrides = {"data_dir": str(data), "server.port": port, "limits.max_governed": 1024}
     app = create_app(load_settings(None, {}, overrides), engine=engine)
     activate_policy(app, policy_text(engine.model.digest, obligations=OBLIGATIONS, sections=GUARDRAILS))
-    if fsync_s:
-        slow_down(app.state.probity.log.database.writer, data / "fsync", fsync_s)
+    if disk_s:
+        slow_down(app.state.probity.log.database.writer, data, disk_s)
     (data / "app.jwt").write_text(credential(app, "app"))
     server(app).run_alone()
 
 
-def slow_down(database: DatabaseEngine, file: Path, fsync_s: float) -> None:
+def slow_down(database: DatabaseEngine, directory: Path, wanted_s: float) -> None:
     """Let every commit sleep for what an fsync of this disk lacks; a sleep is late, and that is counted."""
-    own_s = median(_fsyncs_s(file))
+    own_s = fsync_s(directory)
     late_s = median(_sleeps_s(0.001)) - 0.001
-    if own_s + late_s >= fsync_s:
+    if own_s + late_s >= wanted_s:
         raise SystemExit(f"an fsync takes {own_s * 1e3:.2f} ms here; give `--fsync-ms` more than that, or leave it out")
-    print(f"an fsync takes {own_s * 1e3:.2f} ms here; each commit takes {(fsync_s - own_s) * 1e3:.2f} ms more")
-    event.listen(database, "commit", lambda connection: time.sleep(fsync_s - own_s - late_s))
-
-
-def _fsyncs_s(file: Path) -> Iterator[float]:
-    with file.open("wb", buffering=0) as opened:
-        for _ in range(100):
-            opened.seek(0)
-            opened.write(bytes(1 << 16))  # about what a record writes, where something is already
-            begun = time.perf_counter()
-            os.fdatasync(opened.fileno())
-            yield time.perf_counter() - begun
+    print(f"an fsync takes {own_s * 1e3:.2f} ms here; each commit takes {(wanted_s - own_s) * 1e3:.2f} ms more")
+    event.listen(database, "commit", lambda connection: time.sleep(wanted_s - own_s - late_s))
 
 
 def _sleeps_s(seconds: float) -> Iterator[float]:
